@@ -3,6 +3,8 @@
 use std::arch::x86_64::*;
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
+use crate::linalg::TileShape;
+
 use super::{Kernel, LANES, Vector, double, math};
 
 /// Sixteen f32 lanes. Only ever made inside [`run`], that is, on a machine with AVX2 and FMA.
@@ -50,6 +52,8 @@ impl Neg for F32x16 {
 // SAFETY of every block below: a vector of this type is only made inside `run`, where AVX2 exists; memory is touched only
 // within the slices given, whose lengths are checked.
 impl Vector<f32> for F32x16 {
+    const TILE: TileShape = TileShape { rows: 6, vectors: 1 };
+
     #[inline(always)]
     fn splat(x: f32) -> Self {
         // SAFETY: see above.

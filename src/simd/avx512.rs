@@ -3,6 +3,8 @@
 use std::arch::x86_64::*;
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
+use crate::linalg::TileShape;
+
 use super::{Kernel, LANES, Vector, double, math};
 
 /// Sixteen f32 lanes. Only ever made inside [`run`], that is, on a machine with AVX-512.
@@ -53,6 +55,8 @@ fn lane_mask(n: usize) -> __mmask16 {
 // SAFETY of every block below: a vector of this type is only made inside `run`, where AVX-512 exists; memory is touched only
 // within the slices given, whose lengths are checked.
 impl Vector<f32> for F32x16 {
+    const TILE: TileShape = TileShape { rows: 14, vectors: 2 };
+
     #[inline(always)]
     fn splat(x: f32) -> Self {
         // SAFETY: see above.

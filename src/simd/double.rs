@@ -2,6 +2,8 @@
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
+use crate::linalg::TileShape;
+
 use super::{LANES, Vector};
 
 /// Sixteen f64 lanes.
@@ -30,6 +32,8 @@ impl Neg for F64x16 {
 }
 
 impl Vector<f64> for F64x16 {
+    const TILE: TileShape = TileShape { rows: 4, vectors: 1 };
+
     #[inline(always)]
     fn splat(x: f64) -> Self {
         F64x16([x; LANES])

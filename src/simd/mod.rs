@@ -13,12 +13,14 @@ mod avx2;
 mod avx512;
 mod double;
 mod math;
+pub mod peak;
 mod portable;
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::error::{Error, Result};
+use crate::linalg::TileShape;
 
 /// Lanes of every vector, on every machine.
 pub const LANES: usize = 16;
@@ -27,6 +29,8 @@ pub const LANES: usize = 16;
 pub trait Vector<T: Copy>:
     Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> + Div<Output = Self> + Neg<Output = Self>
 {
+    /// The register tile of matrix products: as many accumulators as there are registers for.
+    const TILE: TileShape;
     /// All lanes `x`.
     fn splat(x: T) -> Self;
     /// The first sixteen elements of `s`, which must have as many.

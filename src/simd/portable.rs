@@ -7,6 +7,8 @@ use std::ops::{Add, Div, Mul, Neg, Sub};
 
 use wide::f32x8;
 
+use crate::linalg::TileShape;
+
 use super::{LANES, Vector, math};
 
 /// Sixteen f32 lanes.
@@ -52,6 +54,8 @@ impl F32x16 {
 }
 
 impl Vector<f32> for F32x16 {
+    const TILE: TileShape = TileShape { rows: 4, vectors: 1 };
+
     #[inline(always)]
     fn splat(x: f32) -> Self {
         F32x16(f32x8::splat(x), f32x8::splat(x))
