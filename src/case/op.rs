@@ -1,0 +1,257 @@
+//! What an operation is to the rest of karat: something that runs forward and backward on named tensors.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::config::Config;
+use crate::error::{Error, Result};
+use crate::nn::{Layout, Params};
+use crate::tensor::random::Rng;
+use crate::tensor::{Float, IntTensor, Shape, Tensor};
+
+/// A named tensor of a case: floats of the precision in use, or integers.
+#[derive(Clone, Debug)]
+pub enum Value<T: Float> {
+    /// Floats.
+    Float(Tensor<T>),
+    /// Integers.
+    Int(IntTensor),
+}
+
+impl<T: Float> Value<T> {
+    /// The shape.
+    pub fn shape(&self) -> Shape {
+        match self {
+            Value::Float(t) => t.shape(),
+            Value::Int(t) => t.shape,
+        }
+    }
+}
+
+/// Named tensors, in order of name.
+pub type Tensors<T> = BTreeMap<String, Value<T>>;
+
+/// An operation of the registry. Implemented by a unit struct beside the code it runs.
+///
+/// The registry's tests walk all operations: golden cases, gradients of `sample`d configurations against central differences,
+/// adjointness, completeness of gradients. `karat case new` and `karat bench` use the same four functions.
+pub trait Operation {
+    /// The name, as the sheets have it: `attention.window`.
+    const NAME: &'static str;
+    /// The paper, as `arXiv number, short title`.
+    const PAPER: &'static str;
+    /// The names of the inputs that are data: their gradients are not part of the operation.
+    const DATA: &'static [&'static str] = &[];
+
+    /// A random small configuration with every key that the operation uses: odd sizes, edges, every switch.
+    fn sample(rng: &mut Rng) -> Config;
+
+    /// Random inputs for a configuration. Sizes that the configuration leaves open (batch, tokens) are drawn too.
+    fn inputs(config: &Config, draw: &mut Draw) -> Result<()>;
+
+    /// Runs the operation forward and, if [`Run::backward`] says so, backward.
+    fn run<T: Float>(run: &mut Run<T>) -> Result<()>;
+}
+
+/// Random inputs under construction.
+pub struct Draw<'a> {
+    /// The source of randomness.
+    pub rng: &'a mut Rng,
+    /// Sizes that the caller fixes by name (`batch`, `tokens`).
+    pub sizes: BTreeMap<String, usize>,
+    /// The inputs so far, without the `input.` prefix.
+    pub inputs: Tensors<f64>,
+}
+
+impl Draw<'_> {
+    /// An open size: what the caller fixed, else uniform in `low..=high`.
+    pub fn size(&mut self, name: &str, low: usize, high: usize) -> usize {
+        self.sizes.get(name).copied().unwrap_or_else(|| self.rng.between(low, high))
+    }
+
+    /// A standard normal input.
+    pub fn normal(&mut self, name: &str, shape: impl Into<Shape>) {
+        let tensor = Tensor::from_fn(shape, |_| self.rng.normal());
+        self.inputs.insert(name.into(), Value::Float(tensor));
+    }
+
+    /// An input uniform in `[0, 1)`: noise.
+    pub fn uniform(&mut self, name: &str, shape: impl Into<Shape>) {
+        let tensor = Tensor::from_fn(shape, |_| self.rng.uniform());
+        self.inputs.insert(name.into(), Value::Float(tensor));
+    }
+
+    /// An integer input.
+    pub fn ints(&mut self, name: &str, shape: impl Into<Shape>, data: Vec<i64>) -> Result<()> {
+        self.inputs.insert(name.into(), Value::Int(IntTensor::new(shape, data)?));
+        Ok(())
+    }
+}
+
+/// One execution of an operation: the question going in, the answer coming out.
+pub struct Run<'a, T: Float> {
+    config: &'a Config,
+    /// `input.*`, `param.*`, `buffer.*`, `cotangent.*`.
+    given: &'a Tensors<T>,
+    /// `output.*`, `grad.*`, `after.*`.
+    results: Tensors<T>,
+    layout: Option<Arc<Layout>>,
+    /// Fills parameters that are not given (to make a case), from this seed.
+    init_seed: Option<u64>,
+    backward: bool,
+}
+
+impl<'a, T: Float> Run<'a, T> {
+    /// A run on the given tensors. With `init_seed`, parameters that are not given are made up instead of missed.
+    pub fn new(config: &'a Config, given: &'a Tensors<T>, backward: bool, init_seed: Option<u64>) -> Self {
+        Run { config, given, results: Tensors::new(), layout: None, init_seed, backward }
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &'a Config {
+        self.config
+    }
+
+    /// Whether gradients are asked for.
+    pub fn backward(&self) -> bool {
+        self.backward
+    }
+
+    /// A float input.
+    pub fn input(&self, name: &str) -> Result<Tensor<T>> {
+        match self.given.get(&format!("input.{name}")) {
+            Some(Value::Float(t)) => Ok(t.clone()),
+            Some(Value::Int(_)) => Err(Error::value(format!("input `{name}`"), "expected floats, found integers")),
+            None => Err(Error::missing(format!("input `{name}`"))),
+        }
+    }
+
+    /// Whether an input is there.
+    pub fn has_input(&self, name: &str) -> bool {
+        self.given.contains_key(&format!("input.{name}"))
+    }
+
+    /// An integer input.
+    pub fn ints(&self, name: &str) -> Result<&'a IntTensor> {
+        match self.given.get(&format!("input.{name}")) {
+            Some(Value::Int(t)) => Ok(t),
+            Some(Value::Float(_)) => Err(Error::value(format!("input `{name}`"), "expected integers, found floats")),
+            None => Err(Error::missing(format!("input `{name}`"))),
+        }
+    }
+
+    /// The parameters and buffers of a model with this layout. Tensors of the case that the layout does not know take no part.
+    pub fn params(&mut self, layout: &Arc<Layout>) -> Result<Params<T>> {
+        self.layout = Some(Arc::clone(layout));
+        let mut params = match self.init_seed {
+            Some(seed) => {
+                let mut params = Params::init(layout, seed);
+                // Zeros and ones would hide mistakes: every parameter is moved off its start.
+                for (index, entry) in layout.params().iter().enumerate() {
+                    let mut rng = Rng::new(seed, crate::tensor::random::Purpose::Case, 1, index as u64);
+                    for x in params.get_mut(entry.param) {
+                        *x += T::from_f64(0.2 * rng.normal());
+                    }
+                }
+                params
+            }
+            None => Params::zeros(layout),
+        };
+        for (prefix, entries, is_buffer) in [("param", layout.params(), false), ("buffer", layout.buffers(), true)] {
+            for entry in entries {
+                match self.given.get(&format!("{prefix}.{}", entry.name)) {
+                    Some(Value::Float(t)) => params.load(entry, is_buffer, t)?,
+                    Some(Value::Int(_)) => return Err(Error::value(format!("{prefix}.{}", entry.name), "expected floats, found integers")),
+                    None if self.init_seed.is_some() => {}
+                    None => return Err(Error::missing(format!("{prefix}.{}", entry.name))),
+                }
+            }
+        }
+        if self.init_seed.is_some() {
+            for entry in layout.params() {
+                self.results.insert(format!("param.{}", entry.name), Value::Float(params.tensor(entry.param)));
+            }
+            for entry in layout.buffers() {
+                let data = params.buffer(entry.param);
+                self.results.insert(format!("buffer.{}", entry.name), Value::Float(Tensor::from_fn(entry.param.shape(), |i| data[i])));
+            }
+        }
+        Ok(params)
+    }
+
+    /// Gradients of the right layout, all zero.
+    pub fn zero_grads(&self, params: &Params<T>) -> Params<T> {
+        Params::zeros(params.layout())
+    }
+
+    /// Hands in a float output.
+    pub fn output(&mut self, name: &str, value: &Tensor<T>) {
+        self.results.insert(format!("output.{name}"), Value::Float(value.clone()));
+    }
+
+    /// Hands in an integer output.
+    pub fn output_ints(&mut self, name: &str, value: IntTensor) {
+        self.results.insert(format!("output.{name}"), Value::Int(value));
+    }
+
+    /// The upstream gradient of an output of this shape: what the case gives, 1 for a scalar `loss`, else zeros.
+    pub fn cotangent(&self, name: &str, shape: Shape) -> Result<Tensor<T>> {
+        match self.given.get(&format!("cotangent.{name}")) {
+            Some(Value::Float(t)) => {
+                t.expect_shape(&format!("cotangent.{name}"), shape)?;
+                Ok(t.clone())
+            }
+            Some(Value::Int(_)) => Err(Error::value(format!("cotangent.{name}"), "expected floats, found integers")),
+            None if name == "loss" => Ok(Tensor::from_fn(shape, |_| T::ONE)),
+            None => Ok(Tensor::zeros(shape)),
+        }
+    }
+
+    /// Hands in the gradient of an input.
+    pub fn grad_input(&mut self, name: &str, grad: &Tensor<T>) {
+        self.results.insert(format!("grad.input.{name}"), Value::Float(grad.clone()));
+    }
+
+    /// Hands in the gradients of all parameters.
+    pub fn grad_params(&mut self, grads: &Params<T>) {
+        for entry in grads.layout().params() {
+            self.results.insert(format!("grad.param.{}", entry.name), Value::Float(grads.tensor(entry.param)));
+        }
+    }
+
+    /// Hands in the value of a buffer after the call.
+    pub fn after(&mut self, name: &str, value: Value<T>) {
+        self.results.insert(format!("after.{name}"), value);
+    }
+
+    /// Everything that was handed in.
+    pub fn into_results(self) -> Tensors<T> {
+        self.results
+    }
+}
+
+/// An [`Operation`] as the registry holds it: its functions for both precisions.
+#[derive(Clone, Copy)]
+pub struct Op {
+    /// See [`Operation::NAME`].
+    pub name: &'static str,
+    /// See [`Operation::PAPER`].
+    pub paper: &'static str,
+    /// See [`Operation::DATA`].
+    pub data: &'static [&'static str],
+    /// See [`Operation::sample`].
+    pub sample: fn(&mut Rng) -> Config,
+    /// See [`Operation::inputs`].
+    pub inputs: fn(&Config, &mut Draw) -> Result<()>,
+    /// [`Operation::run`] in f32.
+    pub run_f32: fn(&mut Run<f32>) -> Result<()>,
+    /// [`Operation::run`] in f64.
+    pub run_f64: fn(&mut Run<f64>) -> Result<()>,
+}
+
+impl Op {
+    /// The registry's entry for `O`.
+    pub const fn of<O: Operation>() -> Op {
+        Op { name: O::NAME, paper: O::PAPER, data: O::DATA, sample: O::sample, inputs: O::inputs, run_f32: O::run::<f32>, run_f64: O::run::<f64> }
+    }
+}

@@ -1,0 +1,16 @@
+//! Every operation, once. Adding one adds one line here; golden tests, gradient checks, `verify`, `case new` and `list` follow.
+
+use super::op::Op;
+use crate::error::{Error, Result};
+
+static OPERATIONS: &[Op] = &[];
+
+/// All operations, in order of the sheets.
+pub fn operations() -> &'static [Op] {
+    OPERATIONS
+}
+
+/// The operation of this name.
+pub fn find(name: &str) -> Result<&'static Op> {
+    OPERATIONS.iter().find(|op| op.name == name).ok_or_else(|| Error::unknown("operation", name, OPERATIONS.iter().map(|op| op.name)))
+}

@@ -1,0 +1,238 @@
+//! Parameters live flat: one buffer of values per model, gradients and optimizer moments in buffers of the same layout.
+//!
+//! A layer holds [`Param`] handles, registered under the published name while the model is built.
+
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::tensor::random::{Purpose, Rng};
+use crate::tensor::{Buffer, Float, Shape, Tensor};
+
+/// How a parameter starts out.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    /// All the same.
+    Constant(f64),
+    /// Normal with this standard deviation (what the field writes as `trunc_normal_(std=0.02)` truncates at ±2, that is, never).
+    Normal(f64),
+    /// Uniform in `±√(6 / (fan_in + fan_out))`.
+    XavierUniform {
+        /// Inputs of the linear map.
+        fan_in: usize,
+        /// Outputs of the linear map.
+        fan_out: usize,
+    },
+    /// Uniform in `±1/√fan_in`: PyTorch's default for linear and convolution weights and their biases.
+    FanIn(usize),
+}
+
+impl Init {
+    /// All zero.
+    pub const ZEROS: Init = Init::Constant(0.0);
+    /// All one.
+    pub const ONES: Init = Init::Constant(1.0);
+    /// The usual initialisation of transformer weights.
+    pub const NORMAL_02: Init = Init::Normal(0.02);
+}
+
+/// A handle on one parameter (or buffer): where it lies in the flat store, and its shape.
+#[derive(Clone, Copy, Debug)]
+pub struct Param {
+    offset: usize,
+    shape: Shape,
+}
+
+impl Param {
+    /// The shape.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+    /// The number of elements.
+    pub fn numel(&self) -> usize {
+        self.shape.numel()
+    }
+    /// The position of the first element in the flat store.
+    pub fn offset(&self) -> usize {
+        self.offset
+    }
+}
+
+/// One entry of a [`Layout`].
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// The published name.
+    pub name: String,
+    /// Where it lies.
+    pub param: Param,
+    /// How it starts out.
+    pub init: Init,
+}
+
+/// Names, shapes and places of all parameters and buffers of a model.
+#[derive(Clone, Debug, Default)]
+pub struct Layout {
+    params: Vec<Entry>,
+    buffers: Vec<Entry>,
+    params_len: usize,
+    buffers_len: usize,
+}
+
+/// Every parameter starts on a cache line.
+const ALIGN: usize = 16;
+
+impl Layout {
+    /// Builds a model: `build` registers its parameters and returns it.
+    pub fn build<M>(build: impl FnOnce(&mut Names) -> Result<M>) -> Result<(M, Arc<Layout>)> {
+        let mut layout = Layout::default();
+        let model = build(&mut Names { layout: &mut layout, prefix: String::new() })?;
+        Ok((model, Arc::new(layout)))
+    }
+
+    /// The trainable parameters, in order of registration.
+    pub fn params(&self) -> &[Entry] {
+        &self.params
+    }
+
+    /// The tensors that belong to the state but are not trained: running statistics, fixed tables.
+    pub fn buffers(&self) -> &[Entry] {
+        &self.buffers
+    }
+
+    /// The number of trainable parameters.
+    pub fn numel(&self) -> usize {
+        self.params.iter().map(|e| e.param.numel()).sum()
+    }
+}
+
+/// A [`Layout`] under construction, seen from inside one module: names are relative to its prefix.
+pub struct Names<'a> {
+    layout: &'a mut Layout,
+    prefix: String,
+}
+
+impl Names<'_> {
+    /// The sub-module `name`.
+    pub fn at(&mut self, name: impl AsRef<str>) -> Names<'_> {
+        Names { prefix: self.full(name.as_ref()) + ".", layout: self.layout }
+    }
+
+    /// Registers a trainable parameter.
+    pub fn param(&mut self, name: &str, shape: impl Into<Shape>, init: Init) -> Param {
+        let (name, shape) = (self.full(name), shape.into());
+        register(&mut self.layout.params, &mut self.layout.params_len, name, shape, init)
+    }
+
+    /// Registers a tensor that belongs to the state but is not trained.
+    pub fn buffer(&mut self, name: &str, shape: impl Into<Shape>, init: Init) -> Param {
+        let (name, shape) = (self.full(name), shape.into());
+        register(&mut self.layout.buffers, &mut self.layout.buffers_len, name, shape, init)
+    }
+
+    fn full(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+}
+
+fn register(entries: &mut Vec<Entry>, len: &mut usize, name: String, shape: Shape, init: Init) -> Param {
+    debug_assert!(entries.iter().all(|e| e.name != name), "parameter {name} registered twice");
+    let param = Param { offset: *len, shape };
+    *len += shape.numel().next_multiple_of(ALIGN);
+    entries.push(Entry { name, param, init });
+    param
+}
+
+/// The values of all parameters and buffers of a model; also the type of its gradients (whose buffers stay unused).
+#[derive(Clone)]
+pub struct Params<T: Float> {
+    layout: Arc<Layout>,
+    values: Buffer<T>,
+    buffers: Buffer<T>,
+}
+
+impl<T: Float> Params<T> {
+    /// All zero: where gradients and moments start.
+    pub fn zeros(layout: &Arc<Layout>) -> Self {
+        Params { layout: Arc::clone(layout), values: Buffer::zeros(layout.params_len), buffers: Buffer::zeros(layout.buffers_len) }
+    }
+
+    /// Initialised as the layers ask, from `seed`; a parameter's numbers depend on its place in the layout alone.
+    pub fn init(layout: &Arc<Layout>, seed: u64) -> Self {
+        let mut params = Self::zeros(layout);
+        for (index, entry) in layout.params.iter().enumerate() {
+            let mut rng = Rng::new(seed, Purpose::Init, 0, index as u64);
+            fill(params.get_mut(entry.param), entry.init, &mut rng);
+        }
+        for (index, entry) in layout.buffers.iter().enumerate() {
+            let mut rng = Rng::new(seed, Purpose::Init, 1, index as u64);
+            fill(params.buffer_mut(entry.param), entry.init, &mut rng);
+        }
+        params
+    }
+
+    /// The layout.
+    pub fn layout(&self) -> &Arc<Layout> {
+        &self.layout
+    }
+
+    /// The values of one parameter.
+    pub fn get(&self, param: Param) -> &[T] {
+        &self.values[param.offset..param.offset + param.numel()]
+    }
+
+    /// The values of one parameter, to be changed.
+    pub fn get_mut(&mut self, param: Param) -> &mut [T] {
+        &mut self.values[param.offset..param.offset + param.numel()]
+    }
+
+    /// The values of one buffer.
+    pub fn buffer(&self, buffer: Param) -> &[T] {
+        &self.buffers[buffer.offset..buffer.offset + buffer.numel()]
+    }
+
+    /// The values of one buffer, to be changed.
+    pub fn buffer_mut(&mut self, buffer: Param) -> &mut [T] {
+        &mut self.buffers[buffer.offset..buffer.offset + buffer.numel()]
+    }
+
+    /// All trainable values, with the padding between parameters (which is and stays zero).
+    pub fn flat(&self) -> &[T] {
+        &self.values
+    }
+
+    /// All trainable values, to be changed.
+    pub fn flat_mut(&mut self) -> &mut [T] {
+        &mut self.values
+    }
+
+    /// A copy of one parameter as a tensor.
+    pub fn tensor(&self, param: Param) -> Tensor<T> {
+        Tensor::from_fn(param.shape, |i| self.get(param)[i])
+    }
+
+    /// Fills the parameter or buffer `entry` from `data`; an error that names it unless the shape agrees.
+    pub fn load(&mut self, entry: &Entry, is_buffer: bool, data: &Tensor<T>) -> Result<()> {
+        if data.shape() != entry.param.shape {
+            return Err(Error::shape(&entry.name, entry.param.shape, data.shape()));
+        }
+        let target = if is_buffer { self.buffer_mut(entry.param) } else { self.get_mut(entry.param) };
+        target.copy_from_slice(data.data());
+        Ok(())
+    }
+}
+
+fn fill<T: Float>(values: &mut [T], init: Init, rng: &mut Rng) {
+    for x in values {
+        *x = T::from_f64(match init {
+            Init::Constant(c) => c,
+            Init::Normal(std) => std * rng.normal(),
+            Init::XavierUniform { fan_in, fan_out } => {
+                let bound = (6.0 / (fan_in + fan_out) as f64).sqrt();
+                rng.range(-bound, bound)
+            }
+            Init::FanIn(fan_in) => {
+                let bound = 1.0 / (fan_in as f64).sqrt();
+                rng.range(-bound, bound)
+            }
+        });
+    }
+}
