@@ -1,6 +1,7 @@
 //! karat.
 pub mod case;
 pub mod error;
+pub mod kernel;
 pub mod linalg;
 pub mod nn;
 pub mod simd;

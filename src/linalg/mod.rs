@@ -3,11 +3,13 @@
 //! Every element of an f32 product is `Σ` over blocks of 384 of one chain of fused multiply-adds in the order of k, whatever
 //! the instruction set, the tile, the packing or the number of threads: the same bits everywhere.
 
+mod columns;
 mod double;
 mod gemm;
 mod micro;
 mod view;
 
+pub use columns::{ColumnsMut, par_blocks};
 pub use view::{Mat, MatMut};
 
 use crate::tensor::Float;

@@ -1,0 +1,32 @@
+//! Kernels: slices in, slices out; forward and backward side by side.
+//!
+//! Lengths are checked by the callers and asserted here. Work is cut by shape, never by the number of threads; sums over rows
+//! go through fixed chunks whose parts are added in order.
+
+pub mod attention;
+pub mod elementwise;
+pub mod norm;
+pub mod optim;
+pub mod reduce;
+pub mod rows;
+
+use crate::simd::{LANES, Vector};
+
+/// Rows per parallel chunk for rows of `width` elements: some 64 KiB of f32.
+pub(crate) fn chunk_rows(width: usize) -> usize {
+    (16_384 / width.max(1)).max(1)
+}
+
+/// Sixteen elements of `s` from `j`, or what is left of it and `fill`.
+#[inline(always)]
+pub(crate) fn get<T: Copy, V: Vector<T>>(s: &[T], j: usize, fill: T) -> V {
+    let s = &s[j..];
+    if s.len() >= LANES { V::load(s) } else { V::load_partial(s, fill) }
+}
+
+/// Writes sixteen elements of `s` from `j`, or what is left of it.
+#[inline(always)]
+pub(crate) fn put<T: Copy, V: Vector<T>>(v: V, s: &mut [T], j: usize) {
+    let s = &mut s[j..];
+    if s.len() >= LANES { v.store(s) } else { v.store_partial(s) }
+}

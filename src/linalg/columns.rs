@@ -1,0 +1,108 @@
+//! Disjoint column blocks of one matrix, to be written by different threads.
+
+use std::marker::PhantomData;
+
+use rayon::prelude::*;
+
+/// A block of columns of a row-major matrix. Blocks made by [`split_at`](ColumnsMut::split_at) and
+/// [`par_blocks`] never overlap, so each may be written by another thread.
+pub struct ColumnsMut<'a, T> {
+    first: *mut T,
+    rows: usize,
+    stride: usize,
+    width: usize,
+    borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: a block has exclusive access to its own elements, like a mutable slice.
+unsafe impl<T: Send> Send for ColumnsMut<'_, T> {}
+
+impl<'a, T> ColumnsMut<'a, T> {
+    /// The whole matrix of rows of `stride` elements. Panics unless `data` is a whole number of rows.
+    pub fn new(data: &'a mut [T], stride: usize) -> Self {
+        let rows = if stride == 0 { 0 } else { data.len() / stride };
+        assert_eq!(rows * stride, data.len(), "columns of a ragged matrix");
+        ColumnsMut { first: data.as_mut_ptr(), rows, stride, width: stride, borrow: PhantomData }
+    }
+
+    /// The first `width` columns, and the others.
+    pub fn split_at(self, width: usize) -> (Self, Self) {
+        assert!(width <= self.width);
+        let right = ColumnsMut { first: self.first.wrapping_add(width), width: self.width - width, ..self };
+        (ColumnsMut { width, ..self }, right)
+    }
+
+    /// The number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// This block's part of row `r`.
+    #[inline]
+    pub fn row(&mut self, r: usize) -> &mut [T] {
+        assert!(r < self.rows);
+        // SAFETY: row r of the block lies in the matrix that `new` borrowed, belongs to this block alone, and the block is
+        // borrowed mutably for as long as the slice lives.
+        unsafe { std::slice::from_raw_parts_mut(self.first.add(r * self.stride), self.width) }
+    }
+
+    /// Rows `batch · rows / batches …` and columns `head · width / heads …`: block `(batch, head)` of a grid.
+    ///
+    /// # Safety
+    /// No two live blocks may be the same.
+    unsafe fn block(&self, (batch, batches): (usize, usize), (head, heads): (usize, usize)) -> Self {
+        let (rows, width) = (self.rows / batches, self.width / heads);
+        let first = self.first.wrapping_add(batch * rows * self.stride + head * width);
+        ColumnsMut { first, rows, stride: self.stride, width, borrow: PhantomData }
+    }
+}
+
+/// Calls `work(batch, head, blocks, runs)` for every `batch` and `head`, in parallel. `blocks` holds block `(batch, head)` of each
+/// matrix in `grids`, cut into `batches` row blocks by `heads` column blocks; `runs` holds row block `batch · heads + head` of
+/// each matrix in `stacks`, cut into `batches · heads` row blocks.
+pub fn par_blocks<T: Send, const M: usize, const S: usize>(
+    grids: [ColumnsMut<'_, T>; M],
+    stacks: [ColumnsMut<'_, T>; S],
+    batches: usize,
+    heads: usize,
+    work: impl Fn(usize, usize, [ColumnsMut<'_, T>; M], [ColumnsMut<'_, T>; S]) + Sync,
+) {
+    let count = batches * heads;
+    assert!(count > 0, "no blocks");
+    assert!(grids.iter().all(|g| g.rows.is_multiple_of(batches) && g.width.is_multiple_of(heads)), "blocks of unequal size");
+    assert!(stacks.iter().all(|s| s.rows.is_multiple_of(count)), "blocks of unequal size");
+    /// Lets threads look at the matrices; each takes other blocks of them.
+    struct Parts<'a, T, const M: usize, const S: usize>([ColumnsMut<'a, T>; M], [ColumnsMut<'a, T>; S]);
+    // SAFETY: the matrices themselves are never written through a shared reference, only the blocks made below.
+    unsafe impl<T: Send, const M: usize, const S: usize> Sync for Parts<'_, T, M, S> {}
+    let parts = &Parts(grids, stacks);
+    (0..count).into_par_iter().for_each(|index| {
+        let (batch, head) = (index / heads, index % heads);
+        // SAFETY: every index makes its own blocks, once.
+        let blocks = std::array::from_fn(|m| unsafe { parts.0[m].block((batch, batches), (head, heads)) });
+        // SAFETY: as above.
+        let runs = std::array::from_fn(|s| unsafe { parts.1[s].block((index, count), (0, 1)) });
+        work(batch, head, blocks, runs);
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_cover_the_matrix_once() {
+        let mut data = vec![0usize; 6 * 9];
+        let (left, right) = ColumnsMut::new(&mut data, 9).split_at(6);
+        par_blocks([left], [], 2, 3, |b, h, [mut block], []| {
+            for r in 0..3 {
+                block.row(r).iter_mut().for_each(|x| *x += 10 * b + h + 1);
+            }
+        });
+        par_blocks([], [right], 3, 1, |_, _, [], [mut block]| block.row(1).iter_mut().for_each(|x| *x += 100));
+        for (i, &x) in data.iter().enumerate() {
+            let (r, c) = (i / 9, i % 9);
+            assert_eq!(x, if c < 6 { 10 * (r / 3) + c / 2 + 1 } else { 100 * (r % 2) }, "({r}, {c})");
+        }
+    }
+}
