@@ -1,4 +1,6 @@
 //! karat.
+pub mod data;
 pub mod error;
+mod fs;
 pub mod tensor;
 pub use error::{Error, Result};
