@@ -1,0 +1,270 @@
+//! Labelled images: the built-in set, image folders, IDX (MNIST, Fashion-MNIST) and CIFAR; augmentation; batches; npy files.
+//!
+//! A [`Dataset`] knows its images by index and decodes them on access; [`transform::Transform`] turns one into the floats
+//! of a network's input; a [`loader::Loader`] makes batches, each a function of (seed, epoch, step) alone.
+//!
+//! Images are 8-bit, grey or RGB, rows first: `[height, width, channels]`.
+
+mod cifar;
+#[cfg(feature = "cli")]
+mod decode;
+mod folder;
+mod idx;
+pub mod loader;
+pub mod npy;
+mod resample;
+pub mod transform;
+
+use std::borrow::Cow;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::{Error, Result};
+
+pub use loader::{Loader, LoaderOptions};
+pub use transform::Transform;
+
+/// No image may have more pixels than this (2²⁷): a few bytes of header must not reserve the machine's memory.
+pub const MAX_PIXELS: usize = 1 << 27;
+
+/// No IDX or CIFAR file may hold more bytes than this, unpacked (4 GiB).
+pub const MAX_FILE_BYTES: u64 = 1 << 32;
+
+/// Training or test images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    /// Images to train on.
+    Train,
+    /// Images held out.
+    Test,
+}
+
+/// One decoded image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Image<'a> {
+    /// Rows, at least 1.
+    pub height: usize,
+    /// Columns, at least 1.
+    pub width: usize,
+    /// 1 (grey) or 3 (red, green, blue).
+    pub channels: usize,
+    /// `[height, width, channels]`.
+    pub pixels: Cow<'a, [u8]>,
+}
+
+/// What [`Dataset::open`] is to do.
+#[derive(Clone, Copy, Debug)]
+pub struct OpenOptions {
+    /// Which part of the data.
+    pub split: Split,
+    /// Leave out files that cannot be read, instead of failing. Image folders are then decoded once, whole, on opening, so that
+    /// no bad file is met later.
+    pub skip_bad: bool,
+}
+
+/// The files that [`Dataset::open`] left out, each with the error that names it.
+#[derive(Debug, Default)]
+pub struct Skipped {
+    /// In the order of the data set.
+    pub files: Vec<(PathBuf, Error)>,
+}
+
+impl Skipped {
+    /// How many files were left out.
+    pub fn count(&self) -> usize {
+        self.files.len()
+    }
+}
+
+/// A labelled set of images.
+#[derive(Clone, Debug)]
+pub struct Dataset {
+    pub(crate) name: String,
+    pub(crate) class_names: Vec<String>,
+    pub(crate) labels: Vec<u32>,
+    pub(crate) store: Store,
+    pub(crate) held_out: bool,
+}
+
+/// Where the pixels are.
+#[derive(Clone, Debug)]
+pub(crate) enum Store {
+    /// All in memory, of one size: `[images, height, width, channels]`.
+    Memory { height: usize, width: usize, channels: usize, pixels: Vec<u8> },
+    /// In files, decoded on access.
+    Files(Vec<PathBuf>),
+}
+
+impl Dataset {
+    /// The images inside the program: the first 600 training and the first 100 test images of each of the ten classes of
+    /// Fashion-MNIST, 28×28, grey.
+    ///
+    /// Xiao, Rasul, Vollgraf, *Fashion-MNIST: a novel image dataset for benchmarking machine learning algorithms*, 2017.
+    ///
+    /// # Errors
+    /// None in a program built from an undamaged source tree.
+    pub fn builtin(split: Split) -> Result<Dataset> {
+        let (images, labels): (&[u8], &[u8]) = match split {
+            Split::Train => (
+                include_bytes!("../../fixtures/fashion-mnist/train-images-idx3-ubyte.gz"),
+                include_bytes!("../../fixtures/fashion-mnist/train-labels-idx1-ubyte.gz"),
+            ),
+            Split::Test => (
+                include_bytes!("../../fixtures/fashion-mnist/t10k-images-idx3-ubyte.gz"),
+                include_bytes!("../../fixtures/fashion-mnist/t10k-labels-idx1-ubyte.gz"),
+            ),
+        };
+        let path = Path::new("built-in Fashion-MNIST");
+        let images = idx::read_images(path, flate2::read::MultiGzDecoder::new(images))?;
+        let labels = idx::read_labels(path, flate2::read::MultiGzDecoder::new(labels))?;
+        idx::dataset("fashion-mnist (built-in subset)".into(), path, images, path, labels, Some(idx::fashion_names()))
+    }
+
+    /// Opens the folder `path`, which holds one of:
+    ///
+    /// - **IDX files** as MNIST and Fashion-MNIST have them: `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`,
+    ///   `t10k-images-idx3-ubyte`, `t10k-labels-idx1-ubyte`, plain or `.gz`. A file `classes.txt` (one name per line) names the classes.
+    /// - **CIFAR-10** (`data_batch_*.bin`, `test_batch.bin`, `batches.meta.txt`) or **CIFAR-100** (`train.bin`, `test.bin`,
+    ///   `fine_label_names.txt`; the fine labels), binary version.
+    /// - **PNG and JPEG images** (feature `cli`): one sub-folder per class, in the order of their names; or images directly in the
+    ///   folder, which are then one class. Sub-folders `train` and `test` (or `val`, `validation`, `valid`) are the splits, if they exist; if not, the
+    ///   same images serve as both, and [`Dataset::held_out`] says so. Other files and hidden ones are ignored. Images are
+    ///   decoded on access; opening checks only that each file begins as a PNG or JPEG does (see [`OpenOptions::skip_bad`]).
+    ///
+    /// Returns the data set, never empty, and what was left out under `skip_bad`.
+    ///
+    /// # Errors
+    /// One line that names the file or folder and what was expected.
+    pub fn open(path: impl AsRef<Path>, options: OpenOptions) -> Result<(Dataset, Skipped)> {
+        let path = path.as_ref();
+        let meta = fs::metadata(path).map_err(|e| Error::io(path, e))?;
+        if !meta.is_dir() {
+            return Err(Error::format(path, "expected a folder of images, IDX files or CIFAR files"));
+        }
+        if idx::is_idx(path) {
+            return Ok((idx::open(path, options.split)?, Skipped::default()));
+        }
+        if cifar::is_cifar(path) {
+            return cifar::open(path, options);
+        }
+        folder::open(path, options)
+    }
+
+    /// What to call the set: the name of its folder.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The number of images, at least 1.
+    pub fn len(&self) -> usize {
+        self.labels.len()
+    }
+
+    /// Whether there are no images (never, for a data set that opened).
+    pub fn is_empty(&self) -> bool {
+        self.labels.is_empty()
+    }
+
+    /// The classes; a label is an index into them.
+    pub fn class_names(&self) -> &[String] {
+        &self.class_names
+    }
+
+    /// The class of image `index`.
+    ///
+    /// # Panics
+    /// If `index` is not below [`Dataset::len`].
+    pub fn label(&self, index: usize) -> usize {
+        self.labels[index] as usize
+    }
+
+    /// False if the same images serve for training and test (an image folder without `train` and `test`).
+    pub fn held_out(&self) -> bool {
+        self.held_out
+    }
+
+    /// The file of image `index`, if it has one of its own.
+    pub fn file(&self, index: usize) -> Option<&Path> {
+        match &self.store {
+            Store::Memory { .. } => None,
+            Store::Files(files) => files.get(index).map(PathBuf::as_path),
+        }
+    }
+
+    /// Image `index`, decoded.
+    ///
+    /// # Errors
+    /// If `index` is out of range or its file cannot be decoded.
+    pub fn image(&self, index: usize) -> Result<Image<'_>> {
+        if index >= self.len() {
+            return Err(Error::value("image index", format!("{index}, expected less than {}", self.len())));
+        }
+        match &self.store {
+            Store::Memory { height, width, channels, pixels } => {
+                let size = height * width * channels;
+                let pixels = Cow::Borrowed(&pixels[index * size..(index + 1) * size]);
+                Ok(Image { height: *height, width: *width, channels: *channels, pixels })
+            }
+            Store::Files(files) => read_image(&files[index]),
+        }
+    }
+}
+
+/// Decodes a PNG or JPEG file. Alpha is dropped, 16 bits are rounded to 8, CMYK becomes RGB; the orientation in EXIF is ignored.
+///
+/// # Errors
+/// If the file cannot be read, is neither PNG nor JPEG, is damaged or cut short, or has more than [`MAX_PIXELS`] pixels.
+#[cfg(feature = "cli")]
+pub fn read_image(path: impl AsRef<Path>) -> Result<Image<'static>> {
+    decode::read(path.as_ref())
+}
+
+#[cfg(not(feature = "cli"))]
+fn read_image(path: &Path) -> Result<Image<'static>> {
+    Err(Error::format(path, folder::NO_DECODER))
+}
+
+/// The last component of `path`, to call a data set by.
+fn folder_name(path: &Path) -> String {
+    let full = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    full.file_name().map_or_else(|| full.display().to_string(), |n| n.to_string_lossy().into_owned())
+}
+
+/// The names in a text file, one per line; `None` if there is no such file.
+fn read_names(path: &Path) -> Result<Option<Vec<String>>> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+    let names: Vec<String> = text.lines().map(str::trim).filter(|l| !l.is_empty()).map(String::from).collect();
+    if names.is_empty() {
+        return Err(Error::format(path, "expected class names, one per line; found none"));
+    }
+    Ok(Some(names))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn builtin_is_balanced_and_real() {
+        for (split, per_class) in [(Split::Train, 600), (Split::Test, 100)] {
+            let data = Dataset::builtin(split).unwrap();
+            assert_eq!(data.len(), 10 * per_class);
+            for class in 0..10 {
+                assert_eq!((0..data.len()).filter(|&i| data.label(i) == class).count(), per_class);
+            }
+            assert_eq!(data.class_names()[0], "T-shirt/top");
+            assert_eq!(data.class_names()[9], "Ankle boot");
+            assert!(data.held_out());
+            let image = data.image(data.len() - 1).unwrap();
+            assert_eq!((image.height, image.width, image.channels, image.pixels.len()), (28, 28, 1, 784));
+            assert!(data.image(data.len()).unwrap_err().to_string().contains("expected less than"));
+        }
+        // The first training image of Fashion-MNIST is an ankle boot; its pixel sum pins the pixels.
+        let data = Dataset::builtin(Split::Train).unwrap();
+        assert_eq!(data.label(0), 9);
+        assert_eq!(data.image(0).unwrap().pixels.iter().map(|&p| u32::from(p)).sum::<u32>(), 76247);
+    }
+}
