@@ -1,16 +1,25 @@
-//! karat.
-<<<<<<< HEAD
+//! karat: the verifiable CPU baseline for efficient vision transformers.
+//!
+//! Rooms stack; imports point downward only.
+//!
+//! - [`tensor`]: contiguous tensors on pooled memory, `f32` and `f64`, counter-based random numbers.
+//! - [`simd`]: sixteen-lane vectors over AVX-512, AVX2 and portable code, chosen at run time; exp, erf, tanh, GELU.
+//! - [`linalg`]: matrix products with packing and epilogues; the same bits on every machine.
+//! - [`kernel`]: slices in, slices out: norms, softmax attention, patches, optimizer steps, each with its backward pass.
+//! - [`nn`]: layers: named parameters in one flat store, and kernels.
+//! - [`case`]: golden cases: the registry of operations, verification, comparison with derived tolerances.
+//! - [`mim`]: masked image modeling: masks, objectives.
+//! - [`data`]: built-in images, image folders, IDX, CIFAR, npy; augmentation; batches.
+
 pub mod case;
+pub mod data;
 pub mod error;
+mod fs;
 pub mod kernel;
 pub mod linalg;
 pub mod mim;
 pub mod nn;
 pub mod simd;
-=======
-pub mod data;
-pub mod error;
-mod fs;
->>>>>>> 95c4ffb159a97ffa0d20a82f037dbd955dc1d0d4
 pub mod tensor;
+
 pub use error::{Error, Result};
