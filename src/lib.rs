@@ -7,10 +7,12 @@
 //! - [`linalg`]: matrix products with packing and epilogues; the same bits on every machine.
 //! - [`kernel`]: slices in, slices out: norms, softmax attention, patches, optimizer steps, each with its backward pass.
 //! - [`nn`]: layers: named parameters in one flat store, and kernels.
+//! - [`attention`]: one file per mechanism.
 //! - [`case`]: golden cases: the registry of operations, verification, comparison with derived tolerances.
 //! - [`mim`]: masked image modeling: masks, objectives.
 //! - [`data`]: built-in images, image folders, IDX, CIFAR, npy; augmentation; batches.
 
+pub mod attention;
 pub mod case;
 pub mod data;
 pub mod error;
