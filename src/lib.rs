@@ -1,4 +1,5 @@
 //! karat.
 pub mod error;
+pub mod grouping;
 pub mod tensor;
 pub use error::{Error, Result};
