@@ -1,6 +1,9 @@
 //! karat.
 pub mod case;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod error;
+mod fs;
 pub mod linalg;
 pub mod nn;
 pub mod simd;
