@@ -87,7 +87,13 @@ impl Finding {
     pub fn severity(&self) -> f64 {
         match self.error / self.bound.value {
             _ if self.problem.is_some() => f64::INFINITY,
-            ratio if ratio.is_nan() => if self.passed { 0.0 } else { f64::INFINITY },
+            ratio if ratio.is_nan() => {
+                if self.passed {
+                    0.0
+                } else {
+                    f64::INFINITY
+                }
+            }
             ratio => ratio,
         }
     }
@@ -109,7 +115,11 @@ impl std::fmt::Display for Finding {
         if let Some(problem) = &self.problem {
             f.write_str(problem)?;
         } else {
-            write!(f, "error {:.2e}, bound {:.1e} ({}); max abs {:.2e}, {:.3e} ULP", self.error, self.bound.value, self.bound.origin, self.max_abs, self.ulps)?;
+            write!(
+                f,
+                "error {:.2e}, bound {:.1e} ({}); max abs {:.2e}, {:.3e} ULP",
+                self.error, self.bound.value, self.bound.origin, self.max_abs, self.ulps
+            )?;
         }
         if let Some(w) = &self.worst {
             write!(f, "; worst at {:?}: expected {:e}, got {:e}", w.index, w.expected, w.got)?;
@@ -124,7 +134,14 @@ impl std::fmt::Display for Finding {
 /// Compares one tensor of the answer with what was computed in the precision `element`.
 ///
 /// Floats and integers may stand in for each other if their values agree: an integer answer has to be met exactly by either.
-pub fn compare<T: Float>(name: &str, expected: &Value<f64>, got: Option<&Value<T>>, element: Element, bound: Bound, config: &Config) -> Finding {
+pub fn compare<T: Float>(
+    name: &str,
+    expected: &Value<f64>,
+    got: Option<&Value<T>>,
+    element: Element,
+    bound: Bound,
+    config: &Config,
+) -> Finding {
     let exact = Bound { value: 0.0, origin: "integers have to be equal".into() };
     let finding = Finding::new(name, if matches!(expected, Value::Int(_)) { exact } else { bound });
     let Some(got) = got else { return finding.fail("no result") };

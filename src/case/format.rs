@@ -334,7 +334,8 @@ mod tests {
     use super::*;
 
     fn sample() -> Case {
-        let float = |shape: &[usize], scale: f64| Value::Float(Tensor::from_fn(Shape::try_new(shape).unwrap(), |i| scale * (i as f64 - 1.5)));
+        let float =
+            |shape: &[usize], scale: f64| Value::Float(Tensor::from_fn(Shape::try_new(shape).unwrap(), |i| scale * (i as f64 - 1.5)));
         let mut tensors = Tensors::new();
         tensors.insert("input.x".into(), float(&[2, 3], 1.0));
         tensors.insert("input.index".into(), Value::Int(IntTensor::vector([3, 1, 2])));
@@ -392,7 +393,10 @@ mod tests {
             for bit in 0..8 {
                 let mut flipped = whole.clone();
                 flipped[position] ^= 1 << bit;
-                rejected += usize::from(Case::decode(path, &flipped).is_err());
+                match Case::decode(path, &flipped) {
+                    Ok(other) => assert_ne!(other.encode(), whole, "byte {position} bit {bit}"),
+                    Err(_) => rejected += 1,
+                }
             }
         }
         assert!(rejected > header * 4, "{rejected} of {} flips were seen", header * 8);
@@ -430,7 +434,10 @@ mod tests {
                 Ok(_) => assert_eq!(want, "", "accepted {header}"),
                 Err(e) => {
                     let line = e.to_string();
-                    assert!(!want.is_empty() && line.starts_with("c.st: ") && line.contains(want) && !line.contains('\n'), "{header}: {line}");
+                    assert!(
+                        !want.is_empty() && line.starts_with("c.st: ") && line.contains(want) && !line.contains('\n'),
+                        "{header}: {line}"
+                    );
                 }
             }
         }
@@ -438,7 +445,9 @@ mod tests {
 
     #[test]
     fn narrow_floats_widen_and_round() {
-        for (bits, want) in [(0x3c00, 1.0), (0xc000, -2.0), (0x7bff, 65504.0), (0x0001, libm::ldexp(1.0, -24)), (0x8400, -libm::ldexp(1.0, -14))] {
+        for (bits, want) in
+            [(0x3c00, 1.0), (0xc000, -2.0), (0x7bff, 65504.0), (0x0001, libm::ldexp(1.0, -24)), (0x8400, -libm::ldexp(1.0, -14))]
+        {
             assert_eq!(f16_to_f64(bits), want);
         }
         assert!(f16_to_f64(0x7c00) == f64::INFINITY && f16_to_f64(0x7e00).is_nan());

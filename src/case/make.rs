@@ -30,7 +30,9 @@ pub fn new_case(op: &Op, config: Option<Config>, seed: u64, sizes: BTreeMap<Stri
 
     // The first pass makes up the parameters and shows which outputs there are.
     let first = execute(op.run_f64, &config, &question, false, Some(seed))?;
-    question.extend(first.iter().filter(|(name, _)| name.starts_with("param.") || name.starts_with("buffer.")).map(|(n, v)| (n.clone(), v.clone())));
+    question.extend(
+        first.iter().filter(|(name, _)| name.starts_with("param.") || name.starts_with("buffer.")).map(|(n, v)| (n.clone(), v.clone())),
+    );
     let outputs = first.iter().filter_map(|(name, value)| match value {
         Value::Float(t) => name.strip_prefix("output.").map(|name| (name, t)),
         Value::Int(_) => None,

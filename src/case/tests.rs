@@ -86,8 +86,18 @@ fn cases_are_made_complete_and_by_seed() {
     assert_eq!(
         names(&case),
         [
-            "after.count", "buffer.count", "cotangent.y", "grad.input.x", "grad.param.weight", "input.index", "input.noise", "input.x", "output.rows",
-            "output.y", "param.ghost", "param.weight"
+            "after.count",
+            "buffer.count",
+            "cotangent.y",
+            "grad.input.x",
+            "grad.param.weight",
+            "input.index",
+            "input.noise",
+            "input.x",
+            "output.rows",
+            "output.y",
+            "param.ghost",
+            "param.weight"
         ]
     );
     assert_eq!(case.source, format!("karat {} f64", env!("CARGO_PKG_VERSION")));
@@ -100,7 +110,8 @@ fn cases_are_made_complete_and_by_seed() {
     assert_eq!(first, write(&made(), "b"));
     assert_eq!(first, write(&Case::read(folder.path().join("a")).unwrap(), "c"));
     assert_ne!(first, write(&new_case(&LINEAR, None, 8, BTreeMap::new()).unwrap(), "d"));
-    let sized = new_case(&LINEAR, Some(Config::parse(r#"{"dim_in":2,"dim_out":3}"#).unwrap()), 7, BTreeMap::from([("tokens".into(), 5)])).unwrap();
+    let sized =
+        new_case(&LINEAR, Some(Config::parse(r#"{"dim_in":2,"dim_out":3}"#).unwrap()), 7, BTreeMap::from([("tokens".into(), 5)])).unwrap();
     assert_eq!(sized.tensors["output.y"].shape()[..], [5, 3]);
     assert!(new_case(&LINEAR, Some(Config::default()), 7, BTreeMap::new()).unwrap_err().to_string().contains("dim_in"));
 }
@@ -157,7 +168,12 @@ fn panicking(_: &mut Run<f64>) -> Result<()> {
 fn results_that_are_missing_errors_and_panics_fail() {
     let case = made();
     let report = verify_with(&Op { run_f64: forgetful, ..LINEAR }, &case, Dtype::F64);
-    let missing: Vec<&str> = report.findings.iter().filter(|f| f.problem.as_deref().is_some_and(|p| p.starts_with("no result"))).map(|f| f.name.as_str()).collect();
+    let missing: Vec<&str> = report
+        .findings
+        .iter()
+        .filter(|f| f.problem.as_deref().is_some_and(|p| p.starts_with("no result")))
+        .map(|f| f.name.as_str())
+        .collect();
     assert_eq!(missing, ["after.count", "grad.input.x", "grad.param.weight", "output.rows", "grad.param.ghost"]);
     assert!(matches!(new_case(&Op { run_f64: forgetful, ..LINEAR }, None, 1, BTreeMap::new()), Err(Error::Missing { .. })));
 
@@ -194,7 +210,10 @@ fn other_programs_are_judged_by_what_their_precision_allows() {
         let report = judge_with(Some(&LINEAR), &case, &stock).unwrap();
         assert_eq!((report.verdict, report.dtype), (Verdict::Ok, element.name()), "{:?}", report.details());
         let bound = &report.findings.iter().find(|f| f.name == "output.y").unwrap().bound;
-        assert!(bound.value >= if element == Element::F64 { 1e-9 } else { 4.0 * element.epsilon() } && bound.value < error, "{element:?} {bound:?}");
+        assert!(
+            bound.value >= if element == Element::F64 { 1e-9 } else { 4.0 * element.epsilon() } && bound.value < error,
+            "{element:?} {bound:?}"
+        );
         let Some(Value::Float(y)) = stock.tensors.get_mut("output.y") else { panic!() };
         let scale = y.data().iter().fold(0.0f64, |m, x| m.max(x.abs()));
         y.data_mut()[1] += error * scale;

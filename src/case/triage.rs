@@ -5,6 +5,9 @@ use serde_json::Value as Json;
 use super::compare::unravel;
 use super::config::Config;
 
+/// Whether a guess at the result (a function of the position) leaves next to nothing of the error.
+type Fits<'a> = dyn Fn(&dyn Fn(usize) -> f64) -> bool + 'a;
+
 /// The likely cause of the difference between an answer and a result of the same shape; `tolerance` is the absolute error
 /// that would have passed. `None` if nothing fits.
 pub fn cause(expected: &[f64], got: &[f64], shape: &[usize], tolerance: f64, config: &Config) -> Option<String> {
@@ -50,7 +53,9 @@ pub fn cause(expected: &[f64], got: &[f64], shape: &[usize], tolerance: f64, con
     }
     let relative = largest / expected.iter().fold(1e-30f64, |m, r| m.max(r.abs()));
     match relative {
-        r if r < 1e-6 && tolerance / largest < 0.5 => Some("the size of f32 rounding: something was computed in single precision, or another eps".into()),
+        r if r < 1e-6 && tolerance / largest < 0.5 => {
+            Some("the size of f32 rounding: something was computed in single precision, or another eps".into())
+        }
         r if r < 2e-3 && tolerance > 0.0 => Some("small everywhere: an approximation (GELU by tanh, bf16) or another eps".into()),
         _ => None,
     }
@@ -76,7 +81,7 @@ fn close(a: f64, r: f64, tolerance: f64) -> bool {
 }
 
 /// A constant factor, by name if it has one.
-fn factor(expected: &[f64], got: &[f64], shape: &[usize], fits: &dyn Fn(&dyn Fn(usize) -> f64) -> bool, config: &Config) -> Option<String> {
+fn factor(expected: &[f64], got: &[f64], shape: &[usize], fits: &Fits, config: &Config) -> Option<String> {
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
     let square = dot(expected, expected);
     let c = dot(expected, got) / square;
@@ -88,14 +93,16 @@ fn factor(expected: &[f64], got: &[f64], shape: &[usize], fits: &dyn Fn(&dyn Fn(
     if near(1.0) {
         return Some("the sign is wrong".into());
     }
-    for (value, name) in [(2.0, "2"), (0.5, "1/2")] {
+    for (value, text) in [(2.0, "twice what it should be"), (0.5, "half of what it should be")] {
         if near(value) {
-            return Some(format!("{sign}too large by a constant factor {name}").replace("too large by a constant factor 1/2", "half of what it should be"));
+            return Some(format!("{sign}{text}"));
         }
     }
     for (n, name) in sizes(shape, config) {
         let root = n.sqrt();
-        for (value, text) in [(root, format!("√{name}")), (1.0 / root, format!("1/√{name}")), (n, name.clone()), (1.0 / n, format!("1/{name}"))] {
+        for (value, text) in
+            [(root, format!("√{name}")), (1.0 / root, format!("1/√{name}")), (n, name.clone()), (1.0 / n, format!("1/{name}"))]
+        {
             if near(value) {
                 return Some(format!("{sign}a constant factor {c:.6}, which is {text} = {value:.6}"));
             }
@@ -104,7 +111,7 @@ fn factor(expected: &[f64], got: &[f64], shape: &[usize], fits: &dyn Fn(&dyn Fn(
     Some(format!("{sign}a constant factor {c:.6}"))
 }
 
-/// The sizes that a forgotten factor may come from: integers of the configuration, their quotients, the shape.
+/// The sizes that a forgotten factor may come from: a head width, integers of the configuration, the shape.
 fn sizes(shape: &[usize], config: &Config) -> Vec<(f64, String)> {
     let mut named = Vec::new();
     for key in config.keys() {
@@ -115,21 +122,18 @@ fn sizes(shape: &[usize], config: &Config) -> Vec<(f64, String)> {
         }
     }
     named.retain(|(n, _)| *n > 1);
+    // A head width is the usual suspect, so it comes first.
     let mut all = Vec::new();
-    for (a, a_name) in &named {
-        for (b, b_name) in &named {
+    for (a, a_name) in named.iter().filter(|(_, name)| ["dim", "channels", "width"].iter().any(|kind| name.contains(kind))) {
+        for (b, b_name) in named.iter().filter(|(_, name)| name.contains("heads")) {
             if a > b && a % b == 0 {
-                all.push((*a / b, format!("({a_name}/{b_name})")));
+                all.push((a / b, format!("({a_name}/{b_name})")));
             }
         }
     }
-    // A head width is the usual suspect, so quotients that it could be come first.
-    all.sort_by_key(|(_, name)| !name.contains("heads)"));
     named.extend(shape.iter().enumerate().map(|(axis, &n)| (n as u64, format!("(size of axis {axis})"))));
     named.push((shape.iter().product::<usize>() as u64, "(number of elements)".into()));
-    let split = all.iter().take_while(|(_, name)| name.contains("heads)")).count();
-    let rest = all.split_off(split);
-    all.into_iter().chain(named).chain(rest).filter(|(n, _)| *n > 1).map(|(n, name)| (n as f64, name)).collect()
+    all.into_iter().chain(named).filter(|(n, _)| *n > 1).map(|(n, name)| (n as f64, name)).collect()
 }
 
 /// Two axes whose exchange turns the answer into the result, or a result that was reshaped where it should have been transposed.
@@ -174,14 +178,15 @@ fn shifted(expected: &[f64], got: &[f64], shape: &[usize], tolerance: f64) -> Op
 }
 
 /// A constant that was added to all elements, or to every row alike: a bias.
-fn offset(expected: &[f64], got: &[f64], shape: &[usize], fits: &dyn Fn(&dyn Fn(usize) -> f64) -> bool) -> Option<String> {
+fn offset(expected: &[f64], got: &[f64], shape: &[usize], fits: &Fits) -> Option<String> {
     let by = got[0] - expected[0];
     if fits(&|i| expected[i] + by) {
         return Some(format!("a constant {by:.6} too much everywhere"));
     }
     let &columns = shape.last()?;
     let rows = expected.len() / columns.max(1);
-    (rows >= 3 && fits(&|i| expected[i] + got[i % columns] - expected[i % columns])).then(|| "every row is off by the same vector: a bias".to_string())
+    (rows >= 3 && fits(&|i| expected[i] + got[i % columns] - expected[i % columns]))
+        .then(|| "every row is off by the same vector: a bias".to_string())
 }
 
 fn same_values(expected: &[f64], got: &[f64], tolerance: f64) -> bool {
@@ -230,7 +235,11 @@ pub(super) fn confinement(shape: &[usize], wrong: &[usize], config: &Config) -> 
         }
     }
     let columns = touched(last);
-    if let Some((heads, block)) = config.get("num_heads").or(config.get("heads")).and_then(Json::as_u64).and_then(|h| Some((h as usize, shape[last].checked_div(h as usize)?)))
+    if let Some((heads, block)) = config
+        .get("num_heads")
+        .or(config.get("heads"))
+        .and_then(Json::as_u64)
+        .and_then(|h| Some((h as usize, shape[last].checked_div(h as usize)?)))
         && heads > 1
         && block * heads == shape[last]
         && columns[0] / block == columns[columns.len() - 1] / block
@@ -287,7 +296,7 @@ mod tests {
         assert!(guess(&shape, |a| a.iter_mut().for_each(|x| *x *= 8f64.sqrt())).contains("√(dim/num_heads)"));
         assert!(guess(&shape, |a| a.iter_mut().for_each(|x| *x /= 32f64.sqrt())).contains("1/√dim"));
         assert!(guess(&shape, |a| a.iter_mut().for_each(|x| *x /= -7.0)).contains("1/(size of axis 1)"));
-        assert!(guess(&shape, |a| a.iter_mut().for_each(|x| *x *= 2.0)).contains("factor 2"));
+        assert_eq!(guess(&shape, |a| a.iter_mut().for_each(|x| *x *= -2.0)), "the sign is wrong, twice what it should be");
         assert_eq!(guess(&shape, |a| a.iter_mut().for_each(|x| *x *= 0.5)), "half of what it should be");
         assert!(guess(&shape, |a| a.iter_mut().for_each(|x| *x *= 1.2345)).contains("1.2345"));
         assert!(guess(&shape, |a| a.fill(0.0)).starts_with("all zero"));
@@ -316,7 +325,9 @@ mod tests {
 
     #[test]
     fn parts_that_are_wrong() {
-        let bump = |which: fn(usize) -> bool| move |a: &mut Vec<f64>| (0..a.len()).filter(|&i| which(i)).for_each(|i| a[i] += (i as f64 + 0.3).cos());
+        let bump = |which: fn(usize) -> bool| {
+            move |a: &mut Vec<f64>| (0..a.len()).filter(|&i| which(i)).for_each(|i| a[i] += (i as f64 + 0.3).cos())
+        };
         assert_eq!(guess(&[2, 4, 3, 8], bump(|i| i / 24 % 4 == 2)), "errors only at index 2 of axis 1 (one head)");
         assert_eq!(guess(&[2, 5, 32], bump(|i| (8..16).contains(&(i % 32)))), "errors only in columns of head 1 of 4");
         assert_eq!(guess(&[9, 19], bump(|i| i % 19 >= 16)), "errors only in the last 3 of 19 columns: a tail");

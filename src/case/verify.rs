@@ -132,7 +132,9 @@ impl Report {
 pub fn verify_case(case: &Case, dtype: Dtype) -> Report {
     match registry::find(&case.op) {
         Ok(op) => verify_with(op, case, dtype),
-        Err(_) => Report::without_findings(&case.op, dtype.element().name(), Verdict::Unsupported, "this karat has no such operation".into()),
+        Err(_) => {
+            Report::without_findings(&case.op, dtype.element().name(), Verdict::Unsupported, "this karat has no such operation".into())
+        }
     }
 }
 
@@ -246,7 +248,8 @@ pub fn judge_with(op: Option<&Op>, case: &Case, actual: &Stock) -> Result<Report
         let bound = own.zero_bound(name, element_of(name), scale);
         findings.push(compare_zero(name, shape, result_of(name), bound));
     }
-    let mut used: Vec<&'static str> = given.values().filter_map(|theirs| actual.elements.get(*theirs)).map(|element| element.name()).collect();
+    let mut used: Vec<&'static str> =
+        given.values().filter_map(|theirs| actual.elements.get(*theirs)).map(|element| element.name()).collect();
     used.sort_unstable();
     used.dedup();
     let dtype = match used[..] {
@@ -265,7 +268,8 @@ pub fn judge_with(op: Option<&Op>, case: &Case, actual: &Stock) -> Result<Report
 
 /// Which tensor of `actual` stands for which tensor of the answer.
 fn assign<'a, 'b>(wanted: &[&'a str], actual: &'b Stock) -> Result<BTreeMap<&'a str, &'b str>> {
-    let bare = |name: &'a str| ["output.", "after.", "grad.input.", "grad.param."].iter().find_map(|p| name.strip_prefix(p)).unwrap_or(name);
+    let bare =
+        |name: &'a str| ["output.", "after.", "grad.input.", "grad.param."].iter().find_map(|p| name.strip_prefix(p)).unwrap_or(name);
     let mut given: BTreeMap<&str, &str> = BTreeMap::new();
     for theirs in actual.tensors.keys() {
         let exact = wanted.iter().find(|name| *name == theirs);

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 
 /// Make golden cases, or show what is in one
 #[derive(Subcommand)]
-#[command(after_help = "Example: karat case new attention.window --seed 3 -o window.safetensors")]
+#[command(arg_required_else_help = false, after_help = "Example: karat case new attention.window --seed 3 -o window.safetensors")]
 pub enum Case {
     New(New),
     Show(Show),
@@ -20,7 +20,9 @@ pub enum Case {
 
 /// Make a golden case: random inputs and parameters, outputs and gradients from an f64 run
 #[derive(Args)]
-#[command(after_help = "Example: karat case new attention.softmax --config '{\"dim\": 12, \"num_heads\": 3}' --size batch=2 -o case.safetensors")]
+#[command(
+    after_help = "Example: karat case new attention.softmax --config '{\"dim\": 12, \"num_heads\": 3}' --size batch=2 -o case.safetensors"
+)]
 pub struct New {
     /// The operation (see `karat list ops`)
     #[arg(value_name = "OP")]

@@ -22,7 +22,7 @@ enum Outcome {
 
 /// The verifiable CPU baseline for efficient vision transformers.
 #[derive(Parser)]
-#[command(name = "karat", version, after_help = "Example: karat verify fixtures/cases --dtype f64")]
+#[command(name = "karat", version, arg_required_else_help = false, after_help = "Example: karat verify fixtures/cases --dtype f64")]
 struct Cli {
     /// Threads to compute with [default: one per core]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
