@@ -1,3 +1,5 @@
 //! Networks: one file per architecture, composed of the rooms below, parameters named as published.
 
+pub mod swin;
+pub mod swin_ops;
 pub mod vit_block;
