@@ -351,6 +351,16 @@ mod images {
         refused(open_skipping(path), &["none of 7", "cut.jpg"]);
     }
 
+    /// A CMYK JPEG of one colour, made with Pillow: `Image.new("RGB", (8, 8), (200, 100, 50)).convert("CMYK").save("cmyk.jpg", quality=95)`.
+    #[test]
+    fn cmyk_becomes_rgb() {
+        let image = read_image(Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/jpeg/cmyk.jpg")).unwrap();
+        assert_eq!((image.height, image.width, image.channels), (8, 8, 3));
+        for pixel in image.pixels.chunks(3) {
+            assert!(pixel.iter().zip([200u8, 100, 50]).all(|(p, want)| p.abs_diff(want) <= 2), "{pixel:?}");
+        }
+    }
+
     /// Misnamed files are read for what they are.
     #[test]
     fn contents_decide() {
