@@ -27,6 +27,8 @@ pub mod linalg;
 pub mod mim;
 pub mod model;
 pub mod nn;
+#[cfg(feature = "cli")]
+pub mod plot;
 pub mod simd;
 pub mod tensor;
 
