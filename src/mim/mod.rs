@@ -1,5 +1,10 @@
 //! Masked image modeling: masks, targets, one file per objective.
 
+pub mod greenmim;
+pub mod mask;
+pub mod pixels;
+pub mod simmim_swin;
+
 use std::sync::Arc;
 
 use crate::error::Result;
