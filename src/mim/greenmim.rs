@@ -73,7 +73,8 @@ impl GreenMim {
         }
         let (dim, heads) = (config.positive("decoder_embed_dim")?, config.positive("decoder_num_heads")?);
         let block = BlockSettings {
-            attention: crate::attention::softmax::Settings { qkv_bias: config.bool_or("qkv_bias", true)?, ..crate::attention::softmax::Settings::new(dim, heads) },
+            // The decoder's blocks always have biases, whatever the encoder's do.
+            attention: crate::attention::softmax::Settings::new(dim, heads),
             mlp_ratio: ratio,
             norm_eps: eps,
             layer_scale: None,

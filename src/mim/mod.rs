@@ -2,6 +2,7 @@
 
 pub mod greenmim;
 pub mod mask;
+pub mod methods;
 pub mod pixels;
 pub mod simmim_swin;
 
