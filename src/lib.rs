@@ -21,5 +21,6 @@ pub mod mim;
 pub mod nn;
 pub mod simd;
 pub mod tensor;
+pub mod train;
 
 pub use error::{Error, Result};
