@@ -7,17 +7,25 @@
 //! - [`linalg`]: matrix products with packing and epilogues; the same bits on every machine.
 //! - [`kernel`]: slices in, slices out: norms, softmax attention, patches, optimizer steps, each with its backward pass.
 //! - [`nn`]: layers: named parameters in one flat store, and kernels.
+//! - [`attention`]: one file per mechanism.
 //! - [`case`]: golden cases: the registry of operations, verification, comparison with derived tolerances.
+//! - [`grouping`]: window grouping: knapsack, optimal partition with certificate, plans.
+//! - [`model`]: one file per architecture.
 //! - [`mim`]: masked image modeling: masks, objectives.
 //! - [`data`]: built-in images, image folders, IDX, CIFAR, npy; augmentation; batches.
 
+pub mod attention;
 pub mod case;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod data;
 pub mod error;
 mod fs;
+pub mod grouping;
 pub mod kernel;
 pub mod linalg;
 pub mod mim;
+pub mod model;
 pub mod nn;
 pub mod simd;
 pub mod tensor;

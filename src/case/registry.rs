@@ -1,9 +1,13 @@
 //! Every operation, once. Adding one adds one line here; golden tests, gradient checks, `verify`, `case new` and `list` follow.
 
 use super::op::Op;
+use crate::attention::softmax::SoftmaxAttention;
+use crate::attention::window::{GroupWindow, Window};
 use crate::error::{Error, Result};
+use crate::model::vit_block::VitBlock;
+use crate::nn::positions::PosEmbedSinCos2d;
 
-static OPERATIONS: &[Op] = &[];
+static OPERATIONS: &[Op] = &[Op::of::<SoftmaxAttention>(), Op::of::<Window>(), Op::of::<GroupWindow>(), Op::of::<VitBlock>(), Op::of::<PosEmbedSinCos2d>()];
 
 /// All operations, in order of the sheets.
 pub fn operations() -> &'static [Op] {

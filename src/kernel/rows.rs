@@ -26,20 +26,21 @@ pub fn scatter<T: Float>(out: &mut [T], x: &[T], index: &[u32], width: usize) {
     }
 }
 
-struct AddRow<'a, T> {
+struct WithRow<'a, T> {
     rows: &'a mut [T],
     row: &'a [T],
+    multiply: bool,
 }
 
-impl<T: Float> Kernel<T> for AddRow<'_, T> {
+impl<T: Float> Kernel<T> for WithRow<'_, T> {
     type Output = ();
     #[inline(always)]
     fn run<V: Vector<T>>(self) {
         for out in self.rows.chunks_exact_mut(self.row.len()) {
             let mut j = 0;
             while j < out.len() {
-                let sum: V = get::<T, V>(out, j, T::ZERO) + get::<T, V>(self.row, j, T::ZERO);
-                put(sum, out, j);
+                let (a, b) = (get::<T, V>(out, j, T::ZERO), get::<T, V>(self.row, j, T::ZERO));
+                put(if self.multiply { a * b } else { a + b }, out, j);
                 j += LANES;
             }
         }
@@ -48,10 +49,20 @@ impl<T: Float> Kernel<T> for AddRow<'_, T> {
 
 /// Adds `table` (some rows, repeated for every batch) to `x`: `x[b, i] += table[i]`.
 pub fn add_table<T: Float>(x: &mut [T], table: &[T]) {
+    with_table(x, table, false);
+}
+
+/// Multiplies `x` by `table` (some rows, repeated): `x[b, i] *= table[i]`.
+pub fn multiply_table<T: Float>(x: &mut [T], table: &[T]) {
+    with_table(x, table, true);
+}
+
+fn with_table<T: Float>(x: &mut [T], table: &[T], multiply: bool) {
     if table.is_empty() {
         return;
     }
-    x.par_chunks_mut(table.len()).for_each(|rows| T::dispatch(AddRow { rows, row: table }));
+    let chunk = chunk_rows(table.len()) * table.len();
+    x.par_chunks_mut(chunk).for_each(|rows| T::dispatch(WithRow { rows, row: table, multiply }));
 }
 
 /// The patches of images as rows: `out[b, y, x, (c, i, j)] = image[b, c, yP + i, xP + j]`, the order of a convolution weight.

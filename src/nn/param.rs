@@ -116,6 +116,11 @@ impl Names<'_> {
         Names { prefix: self.full(name.as_ref()) + ".", layout: self.layout }
     }
 
+    /// This module itself, for a layer that takes its names by value.
+    pub fn here(&mut self) -> Names<'_> {
+        Names { layout: self.layout, prefix: self.prefix.clone() }
+    }
+
     /// Registers a trainable parameter.
     pub fn param(&mut self, name: &str, shape: impl Into<Shape>, init: Init) -> Param {
         let (name, shape) = (self.full(name), shape.into());

@@ -1,0 +1,195 @@
+//! `block.vit`: the pre-norm block of ViT (arXiv 2010.11929): `x ← x + ls1 ⊙ attn(norm1 x)`, `x ← x + ls2 ⊙ mlp(norm2 x)`.
+//!
+//! Kept for the backward pass per token: the input, `qkv`, the attention's output, the middle of the block and the hidden
+//! units, 10 C numbers; the norms' outputs and `GELU` are recomputed.
+
+use crate::attention::softmax::{self, Attention, Settings};
+use crate::case::{Config, Draw, Operation, Run};
+use crate::error::{Error, Result};
+use crate::kernel::attention::{Bias, Groups};
+use crate::kernel::{elementwise, reduce, rows};
+use crate::nn::{Init, LayerNorm, Layout, Mlp, Names, Param, Params, Stats, mlp};
+use crate::tensor::random::Rng;
+use crate::tensor::{Float, Tensor};
+
+/// A pre-norm transformer block over any grouping of the tokens: ViT's, Swin's and GreenMIM's.
+#[derive(Clone, Debug)]
+pub struct Block {
+    norm1: LayerNorm,
+    attn: Attention,
+    scale1: Option<Param>,
+    norm2: LayerNorm,
+    mlp: Mlp,
+    scale2: Option<Param>,
+}
+
+/// What the block is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct BlockSettings {
+    /// The attention.
+    pub attention: Settings,
+    /// Hidden width of the MLP over C, truncated.
+    pub mlp_ratio: f64,
+    /// ε of both norms.
+    pub norm_eps: f64,
+    /// Names of the two LayerScale vectors and their start, if there are any.
+    pub layer_scale: Option<([&'static str; 2], f64)>,
+    /// Initialisation of the linear weights.
+    pub init: fn(usize, usize) -> Init,
+}
+
+/// What the backward pass needs.
+pub struct Saved<T: Float> {
+    x: Tensor<T>,
+    stats1: Stats<T>,
+    attn: softmax::Saved<T>,
+    branch1: Option<Tensor<T>>,
+    middle: Tensor<T>,
+    stats2: Stats<T>,
+    mlp: mlp::Saved<T>,
+    branch2: Option<Tensor<T>>,
+}
+
+/// `⌊dim · ratio⌋`: the hidden width of an MLP.
+pub fn hidden_width(dim: usize, ratio: f64) -> Result<usize> {
+    let hidden = dim as f64 * ratio;
+    if hidden >= 1.0 && hidden < 1e9 { Ok(hidden as usize) } else { Err(Error::config("mlp_ratio", format!("expected a hidden width of at least 1, found {dim} · {ratio}"))) }
+}
+
+impl Block {
+    /// Registers the parameters: `norm1`, `attn`, `norm2`, `mlp`.
+    pub fn new(names: &mut Names, settings: BlockSettings) -> Result<Self> {
+        let BlockSettings { attention, mlp_ratio, norm_eps, layer_scale, init } = settings;
+        let dim = attention.dim;
+        let scale = |names: &mut Names, i: usize| layer_scale.map(|(name, start)| names.param(name[i], [dim], Init::Constant(start)));
+        let norm1 = LayerNorm::new(names.at("norm1"), dim, norm_eps);
+        let attn = Attention::new(names.at("attn"), attention, init)?;
+        let scale1 = scale(names, 0);
+        let norm2 = LayerNorm::new(names.at("norm2"), dim, norm_eps);
+        let mlp = Mlp::new(names.at("mlp"), dim, hidden_width(dim, mlp_ratio)?, init);
+        let scale2 = scale(names, 1);
+        Ok(Block { norm1, attn, scale1, norm2, mlp, scale2 })
+    }
+
+    /// The block's output.
+    pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>, groups: &Groups, bias: Option<Bias<T>>) -> Result<(Tensor<T>, Saved<T>)> {
+        let (normed, stats1) = self.norm1.forward(p, &x)?;
+        let (middle, attn, branch1) = match self.scale1 {
+            None => {
+                let (y, saved) = self.attn.forward(p, &normed, groups, bias, Some(&x))?;
+                (y, saved, None)
+            }
+            Some(gamma) => {
+                let (f, saved) = self.attn.forward(p, &normed, groups, bias, None)?;
+                (add_scaled(&x, &f, p.get(gamma)), saved, Some(f))
+            }
+        };
+        let (normed, stats2) = self.norm2.forward(p, &middle)?;
+        let (y, mlp, branch2) = match self.scale2 {
+            None => {
+                let (y, saved) = self.mlp.forward(p, &normed, Some(&middle))?;
+                (y, saved, None)
+            }
+            Some(gamma) => {
+                let (f, saved) = self.mlp.forward(p, &normed, None)?;
+                (add_scaled(&middle, &f, p.get(gamma)), saved, Some(f))
+            }
+        };
+        Ok((y, Saved { x, stats1, attn, branch1, middle, stats2, mlp, branch2 }))
+    }
+
+    /// `dx`; `d_bias` is added to.
+    pub fn backward<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        saved: Saved<T>,
+        groups: &Groups,
+        bias: Option<(Bias<T>, &mut [T])>,
+        dy: &Tensor<T>,
+    ) -> Result<Tensor<T>> {
+        let Saved { x, stats1, attn, branch1, middle, stats2, mlp, branch2 } = saved;
+        let df = scale_backward(p, g, self.scale2, branch2, dy);
+        let normed = self.norm2.again(p, &middle, &stats2);
+        let d_normed = self.mlp.backward(p, g, &normed, mlp, &df)?;
+        drop((df, normed));
+        let d_middle = self.norm2.backward(p, g, &middle, &stats2, &d_normed, Some(dy))?;
+        drop((d_normed, middle));
+        let df = scale_backward(p, g, self.scale1, branch1, &d_middle);
+        let normed = self.norm1.again(p, &x, &stats1);
+        let d_normed = self.attn.backward(p, g, &normed, attn, groups, bias, &df)?;
+        drop((df, normed));
+        self.norm1.backward(p, g, &x, &stats1, &d_normed, Some(&d_middle))
+    }
+}
+
+/// LayerScale: `x + γ ⊙ f`.
+fn add_scaled<T: Float>(x: &Tensor<T>, f: &Tensor<T>, gamma: &[T]) -> Tensor<T> {
+    let mut y = f.clone();
+    rows::multiply_table(y.data_mut(), gamma);
+    elementwise::add(y.data_mut(), x.data());
+    y
+}
+
+/// `df = dy ⊙ γ`, `dγ += Σ dy ⊙ f`.
+fn scale_backward<T: Float>(p: &Params<T>, g: &mut Params<T>, gamma: Option<Param>, f: Option<Tensor<T>>, dy: &Tensor<T>) -> Tensor<T> {
+    let (Some(gamma), Some(mut f)) = (gamma, f) else { return dy.clone() };
+    elementwise::multiply(f.data_mut(), dy.data(), T::ONE);
+    reduce::add_column_sums(g.get_mut(gamma), f.data());
+    let mut df = dy.clone();
+    rows::multiply_table(df.data_mut(), p.get(gamma));
+    df
+}
+
+/// `block.vit`.
+pub struct VitBlock;
+
+impl Operation for VitBlock {
+    const NAME: &'static str = "block.vit";
+    const PAPER: &'static str = "2010.11929 ViT";
+
+    fn sample(rng: &mut Rng) -> Config {
+        let (heads, width) = (rng.between(1, 3), rng.between(2, 6));
+        let mut config = Config::default();
+        config.set("dim", heads * width).set("num_heads", heads).set("mlp_ratio", rng.range(0.5, 3.0)).set("qkv_bias", rng.chance(0.7));
+        config.set("qk_norm", rng.chance(0.5)).set("layer_scale", rng.chance(0.5)).set("norm_eps", 1e-6);
+        config
+    }
+
+    fn inputs(config: &Config, draw: &mut Draw) -> Result<()> {
+        let (batch, tokens) = (draw.size("batch", 1, 3), draw.size("tokens", 1, 20));
+        draw.normal("x", [batch, tokens, config.positive("dim")?]);
+        Ok(())
+    }
+
+    fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
+        let settings = vit_block_settings(run.config(), "dim", "num_heads", "mlp_ratio")?;
+        let (block, layout) = Layout::build(|names| Block::new(names, settings))?;
+        let p = run.params(&layout)?;
+        let x = run.input("x")?;
+        let [_, tokens, _] = x.dims("x")?;
+        let groups = Groups::all(tokens, tokens);
+        let (y, saved) = block.forward(&p, x, &groups, None)?;
+        run.output("y", &y);
+        if run.backward() {
+            let mut g = run.zero_grads(&p);
+            let dx = block.backward(&p, &mut g, saved, &groups, None, &run.cotangent("y", y.shape())?)?;
+            run.grad_input("x", &dx);
+            run.grad_params(&g);
+        }
+        Ok(())
+    }
+}
+
+/// The settings of a timm ViT block from a configuration; the keys of width, heads and MLP ratio differ between models.
+pub fn vit_block_settings(config: &Config, dim: &str, heads: &str, ratio: &str) -> Result<BlockSettings> {
+    let eps = config.f64_or("norm_eps", 1e-6)?;
+    let qk_norm = config.bool_or("qk_norm", false)?.then_some(eps);
+    Ok(BlockSettings {
+        attention: Settings { qkv_bias: config.bool_or("qkv_bias", true)?, qk_norm, ..Settings::new(config.usize(dim)?, config.usize(heads)?) },
+        mlp_ratio: config.f64_or(ratio, 4.0)?,
+        norm_eps: eps,
+        layer_scale: config.bool_or("layer_scale", false)?.then_some((["ls1.gamma", "ls2.gamma"], 1e-5)),
+        init: crate::nn::normal_02,
+    })
+}

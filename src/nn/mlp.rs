@@ -1,0 +1,42 @@
+//! `fc2(GELU(fc1(x)))`.
+
+use super::linear::Linear;
+use super::param::{Init, Names, Params};
+use crate::error::Result;
+use crate::tensor::{Float, Tensor};
+
+/// The MLP of a transformer block: `fc1`, exact GELU, `fc2`, both with bias.
+#[derive(Clone, Debug)]
+pub struct Mlp {
+    fc1: Linear,
+    fc2: Linear,
+}
+
+/// What [`Mlp::backward`] needs beside the input: `h = fc1(x)`. `GELU(h)` is recomputed.
+pub struct Saved<T: Float> {
+    hidden: Tensor<T>,
+}
+
+impl Mlp {
+    /// Registers `fc1` and `fc2`.
+    pub fn new(mut names: Names, dim: usize, hidden: usize, init: fn(usize, usize) -> Init) -> Self {
+        let fc1 = Linear::new(names.at("fc1"), dim, hidden, true, init(dim, hidden));
+        let fc2 = Linear::new(names.at("fc2"), hidden, dim, true, init(hidden, dim));
+        Mlp { fc1, fc2 }
+    }
+
+    /// `fc2(GELU(fc1(x)))`, plus `residual`.
+    pub fn forward<T: Float>(&self, p: &Params<T>, x: &Tensor<T>, residual: Option<&Tensor<T>>) -> Result<(Tensor<T>, Saved<T>)> {
+        let (hidden, active) = self.fc1.forward_gelu(p, x)?;
+        Ok((self.fc2.forward_onto(p, &active, residual)?, Saved { hidden }))
+    }
+
+    /// `dx` (without the residual's share).
+    pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, x: &Tensor<T>, saved: Saved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
+        let (dh, active) = self.fc2.backward_gelu(p, &saved.hidden, dy)?;
+        drop(saved);
+        self.fc2.backward_params(g, &active, dy)?;
+        drop(active);
+        self.fc1.backward(p, g, x, &dh)
+    }
+}

@@ -1,0 +1,49 @@
+//! `nn.pos_embed_sincos2d`: the fixed 2-D sine-cosine table of MAE (arXiv 2111.06377).
+//!
+//! `ω_k = 10000^{−k/(D/4)}`; the row of the token at (row y, column x) is `[sin xω, cos xω, sin yω, cos yω]`: columns first.
+
+use crate::case::{Config, Draw, Operation, Run};
+use crate::error::{Error, Result};
+use crate::tensor::random::Rng;
+use crate::tensor::{Float, Tensor};
+
+/// The table `[g² (+1), D]`, with a row of zeros in front if `class_row`.
+pub fn sincos2d<T: Float>(dim: usize, grid: usize, class_row: bool) -> Result<Tensor<T>> {
+    if dim == 0 || !dim.is_multiple_of(4) {
+        return Err(Error::config("embed_dim", format!("expected a positive multiple of 4, found {dim}")));
+    }
+    let (quarter, prefix) = (dim / 4, usize::from(class_row));
+    Ok(Tensor::from_fn([grid * grid + prefix, dim], |i| {
+        let (row, channel) = (i / dim, i % dim);
+        let Some(token) = row.checked_sub(prefix) else { return T::ZERO };
+        let (part, k) = (channel / quarter, channel % quarter);
+        let position = if part < 2 { token % grid } else { token / grid };
+        let angle = position as f64 / libm::pow(10_000.0, k as f64 / quarter as f64);
+        T::from_f64(if part % 2 == 0 { libm::sin(angle) } else { libm::cos(angle) })
+    }))
+}
+
+/// `nn.pos_embed_sincos2d`.
+pub struct PosEmbedSinCos2d;
+
+impl Operation for PosEmbedSinCos2d {
+    const NAME: &'static str = "nn.pos_embed_sincos2d";
+    const PAPER: &'static str = "2111.06377 MAE";
+
+    fn sample(rng: &mut Rng) -> Config {
+        let mut config = Config::default();
+        config.set("embed_dim", 4 * rng.between(1, 5)).set("grid_size", rng.between(1, 5)).set("cls_token", rng.chance(0.5));
+        config
+    }
+
+    fn inputs(_: &Config, _: &mut Draw) -> Result<()> {
+        Ok(())
+    }
+
+    fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
+        let config = run.config();
+        let table = sincos2d(config.usize("embed_dim")?, config.usize("grid_size")?, config.bool("cls_token")?)?;
+        run.output("pos_embed", &table);
+        Ok(())
+    }
+}
