@@ -42,7 +42,13 @@ fn resume(folder: &Path, kill_after: Option<u64>) -> karat::Result<()> {
 
 /// A panic in the progress callback stands for the kill: nothing after it runs, files stay as they are.
 fn run_until(trainer: &mut Trainer<Tiny>, folder: &Path, kill_after: Option<u64>) {
-    let run = std::panic::AssertUnwindSafe(|| trainer.run(folder, &mut |r| if Some(r.step) == kill_after { std::panic::resume_unwind(Box::new(())) }));
+    let run = std::panic::AssertUnwindSafe(|| {
+        trainer.run(folder, &mut |r| {
+            if Some(r.step) == kill_after {
+                std::panic::resume_unwind(Box::new(()))
+            }
+        })
+    });
     match std::panic::catch_unwind(run) {
         Ok(result) => result.unwrap(),
         Err(_) => assert!(kill_after.is_some()),
@@ -254,7 +260,8 @@ fn divergence_is_an_error() {
 
 #[test]
 fn configurations_survive_json_and_bad_ones_are_named() {
-    let whole = TrainConfig { mask_ratio: Some(0.1 + 0.2), length: Length::Epochs(3), data: "a \"b\"".into(), ..config() }.checked().unwrap();
+    let whole =
+        TrainConfig { mask_ratio: Some(0.1 + 0.2), length: Length::Epochs(3), data: "a \"b\"".into(), ..config() }.checked().unwrap();
     assert_eq!(TrainConfig::from_json(&whole.to_json().to_string()).unwrap(), whole);
     let bad = |change: fn(&mut TrainConfig)| {
         let mut config = config();

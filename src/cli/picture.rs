@@ -42,7 +42,8 @@ pub fn reconstructions<O: Objective>(
             for channel in 0..3 {
                 let plane = if c == 3 { channel } else { 0 };
                 let at = ((column * c + plane) * s + v / scale) * s + u / scale;
-                let color = |value: f32| ((value * normalization.std[plane] + normalization.mean[plane]).clamp(0.0, 1.0) * 255.0).round() as u8;
+                let color =
+                    |value: f32| ((value * normalization.std[plane] + normalization.mean[plane]).clamp(0.0, 1.0) * 255.0).round() as u8;
                 rgb[pixel + channel] = match row {
                     0 => color(x[at]),
                     1 if hidden[at] > 0.5 => 128,
@@ -63,7 +64,8 @@ pub fn reconstructions<O: Objective>(
 pub fn loss_curve(path: &Path, losses: &[(u64, f64)], title: &str) -> Result<()> {
     const SIZE: (f64, f64) = (720.0, 400.0);
     const MARGIN: (f64, f64, f64, f64) = (64.0, 36.0, 20.0, 44.0); // left, top, right, bottom
-    let points: Vec<(f64, f64)> = losses.iter().filter(|(_, loss)| *loss > 0.0).map(|&(step, loss)| (step as f64, libm::log10(loss))).collect();
+    let points: Vec<(f64, f64)> =
+        losses.iter().filter(|(_, loss)| *loss > 0.0).map(|&(step, loss)| (step as f64, libm::log10(loss))).collect();
     let last = points.last().map_or(1.0, |p| p.0);
     let (mut low, mut high) = points.iter().fold((f64::MAX, f64::MIN), |(l, h), p| (l.min(p.1), h.max(p.1)));
     if points.is_empty() {
@@ -75,7 +77,11 @@ pub fn loss_curve(path: &Path, losses: &[(u64, f64)], title: &str) -> Result<()>
     let py = |y: f64| MARGIN.1 + (high - y) / (high - low) * (SIZE.1 - MARGIN.1 - MARGIN.3);
 
     let mut svg = String::new();
-    let _ = writeln!(svg, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {} {}\" font-family=\"sans-serif\" font-size=\"12\">", SIZE.0, SIZE.1);
+    let _ = writeln!(
+        svg,
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {} {}\" font-family=\"sans-serif\" font-size=\"12\">",
+        SIZE.0, SIZE.1
+    );
     let _ = writeln!(svg, "<rect width=\"100%\" height=\"100%\" fill=\"white\"/>");
     let title = title.replace('&', "&amp;").replace('<', "&lt;");
     let _ = writeln!(svg, "<text x=\"{}\" y=\"22\" font-size=\"14\">{title}</text>", MARGIN.0);
@@ -90,7 +96,8 @@ pub fn loss_curve(path: &Path, losses: &[(u64, f64)], title: &str) -> Result<()>
     }
     let _ = writeln!(svg, "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\">step</text>", SIZE.0 / 2.0, SIZE.1 - 8.0);
     let window = (points.len() / 50).max(1);
-    let smooth: Vec<(f64, f64)> = points.windows(window).map(|w| (w[w.len() - 1].0, w.iter().map(|p| p.1).sum::<f64>() / w.len() as f64)).collect();
+    let smooth: Vec<(f64, f64)> =
+        points.windows(window).map(|w| (w[w.len() - 1].0, w.iter().map(|p| p.1).sum::<f64>() / w.len() as f64)).collect();
     for (line, style) in [(&points, "stroke=\"#9bd\" stroke-width=\"1\""), (&smooth, "stroke=\"#036\" stroke-width=\"2\"")] {
         // A curve needs no more points than the picture has columns.
         let stride = line.len().div_ceil(1440).max(1);

@@ -5,9 +5,10 @@ use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::picture;
+use super::{Outcome, picture, say};
 use crate::data::{Dataset, Loader, LoaderOptions, Split};
 use crate::fs::write_atomic;
 use crate::mim::{Objective, StepKey, methods};
@@ -18,9 +19,9 @@ use crate::{Error, Result};
 ///
 /// With no arguments: GreenMIM with a small Swin on the built-in images. Writes configuration, metrics, loss curve, reconstructions,
 /// parameters and the trainer's state into one folder. A run that was killed goes on with --resume and ends in the same bits.
-#[derive(clap::Args)]
+#[derive(Args)]
 #[command(after_help = "Example: karat pretrain --method simmim --epochs 50 --out runs/mine")]
-pub struct Args {
+pub struct Pretrain {
     /// The objective (`karat list methods`) [default: greenmim]
     #[arg(long, value_name = "NAME")]
     method: Option<String>,
@@ -67,7 +68,7 @@ pub struct Args {
     resume: Option<PathBuf>,
 }
 
-impl Args {
+impl Pretrain {
     fn config(&self) -> TrainConfig {
         let mut c = TrainConfig::default();
         let set = |target: &mut String, value: &Option<String>| {
@@ -89,44 +90,46 @@ impl Args {
         c.skip_bad = self.skip_bad;
         c
     }
-}
 
-/// Runs the command; what it has to say goes to `out`, progress to standard error.
-///
-/// # Errors
-/// Bad options, unreadable data, a folder that already holds a run, a damaged state.
-pub fn run(args: Args, out: &mut dyn Write) -> Result<()> {
-    let (config, folder, state) = match &args.resume {
-        Some(folder) => {
-            let state = Checkpoint::open(folder.join(STATE))?;
-            (saved_config(&state)?, folder.clone(), Some(state))
-        }
-        None => {
-            let config = args.config().checked()?;
-            let folder = args.out.clone().unwrap_or_else(|| Path::new("runs").join(format!("{}-{}", config.method, config.model)));
-            if folder.join(STATE).exists() {
-                let name = folder.display();
-                return Err(Error::usage(format!("{name} already holds a run: continue it with --resume {name}, or choose another --out")));
+    /// Runs the command; what it has to say goes to `out`, progress to standard error.
+    ///
+    /// # Errors
+    /// Bad options, unreadable data, a folder that already holds a run, a damaged state.
+    pub(super) fn run(self, out: &mut dyn Write) -> Result<Outcome> {
+        let (config, folder, state) = match &self.resume {
+            Some(folder) => {
+                let state = Checkpoint::open(folder.join(STATE))?;
+                (saved_config(&state)?, folder.clone(), Some(state))
             }
-            (config, folder, None)
+            None => {
+                let config = self.config().checked()?;
+                let folder = self.out.clone().unwrap_or_else(|| Path::new("runs").join(format!("{}-{}", config.method, config.model)));
+                if folder.join(STATE).exists() {
+                    let name = folder.display();
+                    return Err(Error::usage(format!(
+                        "{name} already holds a run: continue it with --resume {name}, or choose another --out"
+                    )));
+                }
+                (config, folder, None)
+            }
+        };
+        let objective = methods::build(&config.method, &config.model, config.image_size, config.mask_ratio)?;
+        let (data, skipped) = config.open_data(Split::Train)?;
+        for (_, error) in &skipped.files {
+            eprintln!("karat: left out: {error}");
         }
-    };
-    let objective = methods::build(&config.method, &config.model, config.image_size, config.mask_ratio)?;
-    let (data, skipped) = config.open_data(Split::Train)?;
-    for (_, error) in &skipped.files {
-        eprintln!("karat: left out: {error}");
+        let mut trainer = match &state {
+            Some(state) => Trainer::resume(&objective, &data, state)?,
+            None => Trainer::new(&objective, &data, config)?,
+        };
+        // The state is in memory now; its file is about to be replaced.
+        drop(state);
+        train(&mut trainer, &objective, &data, &folder, out)?;
+        Ok(Outcome::Good)
     }
-    let mut trainer = match &state {
-        Some(state) => Trainer::resume(&objective, &data, state)?,
-        None => Trainer::new(&objective, &data, config)?,
-    };
-    // The state is in memory now; its file is about to be replaced.
-    drop(state);
-    train(&mut trainer, &objective, &data, &folder, out)
 }
 
 fn train<O: Objective>(trainer: &mut Trainer<O>, objective: &O, data: &Dataset, folder: &Path, out: &mut dyn Write) -> Result<()> {
-    let say = |out: &mut dyn Write, line: String| writeln!(out, "{line}").map_err(|e| Error::io("standard output", e));
     let config = trainer.config().clone();
     let (done, steps) = trainer.progress();
     fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
@@ -163,7 +166,14 @@ fn train<O: Objective>(trainer: &mut Trainer<O>, objective: &O, data: &Dataset, 
     let key = StepKey { seed: config.seed, step: 0 };
     picture::reconstructions(&folder.join("reconstruction.png"), objective, trainer.params(), &images, key, config.normalization())?;
     let last = losses.last().map_or(f64::NAN, |l| l.1);
-    say(out, format!("loss {last:.4} after {steps} steps, {:.1} s; wrote {}", started.elapsed().as_secs_f64(), folder.join(CHECKPOINT).display()))
+    say(
+        out,
+        format!(
+            "loss {last:.4} after {steps} steps, {:.1} s; wrote {}",
+            started.elapsed().as_secs_f64(),
+            folder.join(CHECKPOINT).display()
+        ),
+    )
 }
 
 /// A bar on a terminal, a line now and then elsewhere.

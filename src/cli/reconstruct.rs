@@ -3,21 +3,23 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use super::picture;
+use clap::Args;
+
+use super::{Outcome, picture, say};
 use crate::data::read_image;
 use crate::mim::{Objective, StepKey, methods};
 use crate::nn::Params;
 use crate::tensor::Tensor;
 use crate::tensor::random::{Purpose, Rng};
 use crate::train::{CHECKPOINT, Checkpoint, saved_config};
-use crate::{Error, Result};
+use crate::Result;
 
 /// Draw what a pre-trained network makes of masked images
 ///
 /// One column per image; rows: original, masked, reconstructed (visible pixels pasted in).
-#[derive(clap::Args)]
+#[derive(Args)]
 #[command(after_help = "Example: karat reconstruct --from runs/mine cat.png dog.jpg -o seen.png")]
-pub struct Args {
+pub struct Reconstruct {
     /// The folder of a pre-training run
     #[arg(long, value_name = "DIR")]
     from: PathBuf,
@@ -32,25 +34,28 @@ pub struct Args {
     output: PathBuf,
 }
 
-/// Runs the command; the name of the picture goes to `out`.
-///
-/// # Errors
-/// A missing or damaged checkpoint, an unreadable image.
-pub fn run(args: Args, out: &mut dyn Write) -> Result<()> {
-    let file = Checkpoint::open(args.from.join(CHECKPOINT))?;
-    let config = saved_config(&file)?;
-    let objective = methods::build(&config.method, &config.model, config.image_size, config.mask_ratio)?;
-    let mut params = Params::zeros(objective.layout());
-    file.load(&mut params)?;
+impl Reconstruct {
+    /// Runs the command; the name of the picture goes to `out`.
+    ///
+    /// # Errors
+    /// A missing or damaged checkpoint, an unreadable image.
+    pub(super) fn run(self, out: &mut dyn Write) -> Result<Outcome> {
+        let file = Checkpoint::open(self.from.join(CHECKPOINT))?;
+        let config = saved_config(&file)?;
+        let objective = methods::build(&config.method, &config.model, config.image_size, config.mask_ratio)?;
+        let mut params = Params::zeros(objective.layout());
+        file.load(&mut params)?;
 
-    let (size, channels) = objective.image_shape();
-    let transform = config.test_transform((size, channels))?;
-    let mut images = Tensor::zeros([args.images.len(), channels, size, size]);
-    for (path, pixels) in args.images.iter().zip(images.data_mut().chunks_exact_mut(transform.len())) {
-        // The centre crop draws nothing from the stream.
-        transform.apply(&read_image(path)?, &mut Rng::new(args.seed, Purpose::Augment, 0, 0), pixels)?;
+        let (size, channels) = objective.image_shape();
+        let transform = config.test_transform((size, channels))?;
+        let mut images = Tensor::zeros([self.images.len(), channels, size, size]);
+        for (path, pixels) in self.images.iter().zip(images.data_mut().chunks_exact_mut(transform.len())) {
+            // The centre crop draws nothing from the stream.
+            transform.apply(&read_image(path)?, &mut Rng::new(self.seed, Purpose::Augment, 0, 0), pixels)?;
+        }
+        let key = StepKey { seed: self.seed, step: 0 };
+        picture::reconstructions(&self.output, &objective, &params, &images, key, config.normalization())?;
+        say(out, format!("wrote {}", self.output.display()))?;
+        Ok(Outcome::Good)
     }
-    let key = StepKey { seed: args.seed, step: 0 };
-    picture::reconstructions(&args.output, &objective, &params, &images, key, config.normalization())?;
-    writeln!(out, "wrote {}", args.output.display()).map_err(|e| Error::io("standard output", e))
 }

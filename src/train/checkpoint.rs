@@ -46,9 +46,8 @@ pub(crate) struct Item<'a> {
 /// The parameters of `params`, and its untrained buffers if asked, under `prefix`.
 pub(crate) fn items<'a>(prefix: &'a str, params: &'a Params<f32>, buffers: bool) -> impl Iterator<Item = Item<'a>> {
     let layout = params.layout();
-    let item = move |(entry, values): (&'a Entry, &'a [f32])| {
-        Item { name: format!("{prefix}{}", entry.name), shape: entry.param.shape(), values }
-    };
+    let item =
+        move |(entry, values): (&'a Entry, &'a [f32])| Item { name: format!("{prefix}{}", entry.name), shape: entry.param.shape(), values };
     let extra = if buffers { layout.buffers() } else { &[] };
     layout.params().iter().map(|e| (e, params.get(e.param))).chain(extra.iter().map(|e| (e, params.buffer(e.param)))).map(item)
 }

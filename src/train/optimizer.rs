@@ -50,7 +50,12 @@ impl Optimizer {
             let weight_decay = if *decay { self.weight_decay } else { 0.0 };
             let adamw = AdamW { lr, betas: self.betas, eps: 1e-8, weight_decay, step, grad_scale };
             let r = range.clone();
-            adamw.step(&mut params.flat_mut()[r.clone()], &mut self.m.flat_mut()[r.clone()], &mut self.v.flat_mut()[r.clone()], &grads.flat()[r]);
+            adamw.step(
+                &mut params.flat_mut()[r.clone()],
+                &mut self.m.flat_mut()[r.clone()],
+                &mut self.v.flat_mut()[r.clone()],
+                &grads.flat()[r],
+            );
         }
     }
 }

@@ -127,7 +127,8 @@ impl Problem {
             square.iter_mut().zip(row).zip(&mean).for_each(|((s, &x), m)| *s += (f64::from(x) - m).powi(2) / n);
         }
         // A feature that never changes says nothing; dividing by its rounding errors would.
-        let scale: Vec<f64> = square.iter().zip(&mean).map(|(s, m)| if s.sqrt() > 1e-6 * (m.abs() + 1e-6) { 1.0 / s.sqrt() } else { 0.0 }).collect();
+        let scale: Vec<f64> =
+            square.iter().zip(&mean).map(|(s, m)| if s.sqrt() > 1e-6 * (m.abs() + 1e-6) { 1.0 / s.sqrt() } else { 0.0 }).collect();
         let chosen: Vec<usize> = (0..features.labels.len()).filter(|&i| keep(i)).collect();
         let mut x = Vec::with_capacity(chosen.len() * (w + 1));
         for &i in &chosen {

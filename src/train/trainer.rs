@@ -169,8 +169,10 @@ impl<'a, O: Objective> Trainer<'a, O> {
     pub fn save(&self, folder: &Path) -> Result<()> {
         let config = self.config.to_json().to_string();
         let version = ("karat", env!("CARGO_PKG_VERSION").to_string());
-        let state: Vec<_> =
-            items("params.", &self.params, true).chain(items("m.", &self.optimizer.m, false)).chain(items("v.", &self.optimizer.v, false)).collect();
+        let state: Vec<_> = items("params.", &self.params, true)
+            .chain(items("m.", &self.optimizer.m, false))
+            .chain(items("v.", &self.optimizer.v, false))
+            .collect();
         let images = self.loader.dataset().len();
         let metadata = [version.clone(), ("config", config.clone()), ("step", self.step.to_string()), ("images", images.to_string())];
         write_atomic(folder.join(STATE), &encode(&state, &metadata))?;
