@@ -1,5 +1,7 @@
 //! Masked image modeling: masks, targets, one file per objective.
 
+pub mod methods;
+
 use std::sync::Arc;
 
 use crate::error::Result;
