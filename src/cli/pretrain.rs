@@ -1,6 +1,5 @@
 //! `karat pretrain`: masked image modeling.
 
-use std::fs;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -12,7 +11,7 @@ use super::{Outcome, picture, say};
 use crate::data::{Dataset, Loader, LoaderOptions, Split};
 use crate::fs::write_atomic;
 use crate::mim::{Objective, StepKey, methods};
-use crate::train::{CHECKPOINT, Checkpoint, Length, METRICS, STATE, StepReport, TrainConfig, Trainer, read_metrics, saved_config};
+use crate::train::{CHECKPOINT, Checkpoint, Length, METRICS, STATE, StepReport, TrainConfig, Trainer, prepare_folder, read_metrics, saved_config};
 use crate::{Error, Result};
 
 /// Pre-train a network by masked image modeling
@@ -132,7 +131,7 @@ impl Pretrain {
 fn train<O: Objective>(trainer: &mut Trainer<O>, objective: &O, data: &Dataset, folder: &Path, out: &mut dyn Write) -> Result<()> {
     let config = trainer.config().clone();
     let (done, steps) = trainer.progress();
-    fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
+    prepare_folder(folder)?;
     let toml = toml::to_string(&config.to_json()).map_err(|e| Error::format(folder.join("config.toml"), e.to_string()))?;
     write_atomic(folder.join("config.toml"), toml.as_bytes())?;
     say(

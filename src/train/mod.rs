@@ -14,4 +14,6 @@ pub use metrics::{METRICS, StepReport, read as read_metrics};
 pub use optimizer::{Optimizer, clip, decay_runs, decays};
 pub use probe::{Features, ProbeResult, extract, pixels, probe};
 pub use schedule::Schedule;
+#[cfg(feature = "cli")]
+pub(crate) use trainer::prepare_folder;
 pub use trainer::{Trainer, saved_config};

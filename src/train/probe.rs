@@ -15,7 +15,7 @@ use crate::nn::Params;
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 
-const GRID: [f64; 5] = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5];
+const GRID: [f64; 6] = [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5];
 const VALIDATION: usize = 6;
 const ITERATIONS: usize = 150;
 const BATCH: usize = 64;

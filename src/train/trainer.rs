@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::checkpoint::{CHECKPOINT, Checkpoint, STATE, encode, items};
 use super::config::TrainConfig;
-use super::metrics::{Metrics, StepReport};
+use super::metrics::{METRICS, Metrics, StepReport};
 use super::optimizer::{Optimizer, clip};
 use super::schedule::Schedule;
 use crate::data::{Dataset, Loader, LoaderOptions};
@@ -145,8 +145,7 @@ impl<'a, O: Objective> Trainer<'a, O> {
     /// # Errors
     /// As [`Trainer::step`], or if a file cannot be written.
     pub fn run(&mut self, folder: &Path, progress: &mut dyn FnMut(&StepReport)) -> Result<()> {
-        fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
-        remove_torn(folder)?;
+        prepare_folder(folder)?;
         let every = if self.config.save_every == 0 { self.loader.steps() as u64 } else { self.config.save_every };
         let mut metrics = Metrics::open(folder, self.step)?;
         self.save(folder)?;
@@ -189,12 +188,17 @@ pub fn saved_config(file: &Checkpoint) -> Result<TrainConfig> {
     TrainConfig::from_json(file.need_meta("config")?).map_err(|e| file.error(e.to_string()))
 }
 
-/// Removes the temporary files that a killed run left: another process of the same number could not replace them.
-fn remove_torn(folder: &Path) -> Result<()> {
+/// Every file that a run writes into its folder.
+const FILES: [&str; 6] = [STATE, CHECKPOINT, METRICS, "config.toml", "loss.svg", "reconstruction.png"];
+
+/// Makes the folder of a run, and removes the temporary files that a killed run left in it: a process that happens to have the
+/// same number could not write its own.
+pub(crate) fn prepare_folder(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
     for entry in fs::read_dir(folder).map_err(|e| Error::io(folder, e))? {
         let path = entry.map_err(|e| Error::io(folder, e))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.ends_with(".tmp") && [STATE, CHECKPOINT, super::metrics::METRICS].iter().any(|of| name.starts_with(&format!(".{of}."))) {
+        if name.ends_with(".tmp") && FILES.iter().any(|of| name.starts_with(&format!(".{of}."))) {
             fs::remove_file(&path).map_err(|e| Error::io(&path, e))?;
         }
     }
