@@ -12,6 +12,7 @@
 //! - [`grouping`]: window grouping: knapsack, optimal partition with certificate, plans.
 //! - [`model`]: one file per architecture.
 //! - [`mim`]: masked image modeling: masks, objectives.
+//! - [`train`]: optimizer, schedule, checkpoints, the training loop, linear probes.
 //! - [`data`]: built-in images, image folders, IDX, CIFAR, npy; augmentation; batches.
 
 pub mod attention;
@@ -31,5 +32,6 @@ pub mod nn;
 pub mod plot;
 pub mod simd;
 pub mod tensor;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -4,6 +4,10 @@
 
 mod case;
 mod list;
+mod picture;
+mod pretrain;
+mod probe;
+mod reconstruct;
 mod verify;
 
 use std::io::{self, Write};
@@ -37,6 +41,9 @@ enum Command {
     #[command(subcommand)]
     Case(case::Case),
     List(list::List),
+    Pretrain(Box<pretrain::Pretrain>),
+    Probe(probe::Probe),
+    Reconstruct(reconstruct::Reconstruct),
 }
 
 /// Runs the program on the arguments of the process.
@@ -81,6 +88,9 @@ impl Cli {
             Command::Verify(command) => command.run(out),
             Command::Case(command) => command.run(out),
             Command::List(command) => command.run(out),
+            Command::Pretrain(command) => command.run(out),
+            Command::Probe(command) => command.run(out),
+            Command::Reconstruct(command) => command.run(out),
         }
     }
 }
