@@ -16,6 +16,8 @@
 
 pub mod attention;
 pub mod case;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod data;
 pub mod error;
 mod fs;
