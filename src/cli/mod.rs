@@ -3,6 +3,7 @@
 //! Exit codes: 0 all good, 1 a check failed, 2 bad usage or unreadable input (with one line on standard error).
 
 mod case;
+mod group;
 mod list;
 mod verify;
 
@@ -37,6 +38,7 @@ enum Command {
     #[command(subcommand)]
     Case(case::Case),
     List(list::List),
+    Group(group::Group),
 }
 
 /// Runs the program on the arguments of the process.
@@ -81,6 +83,7 @@ impl Cli {
             Command::Verify(command) => command.run(out),
             Command::Case(command) => command.run(out),
             Command::List(command) => command.run(out),
+            Command::Group(command) => command.run(out),
         }
     }
 }
