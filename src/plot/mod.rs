@@ -3,6 +3,7 @@
 mod chart;
 mod font;
 mod grid;
+pub mod grouping;
 
 pub use chart::{Chart, Series, line_chart_svg};
 pub use grid::{Grid, Tile, image_grid_png};
