@@ -91,7 +91,7 @@ fn attend(prints: &mut Prints, what: &str, (batch, heads, dim, n): (usize, usize
 fn attentions(prints: &mut Prints) {
     let Windows { offsets, tokens, positions, .. } = Windows::dense(9, 11, (5, 5), (2, 2)).unwrap();
     let windows = Side { offsets, tokens, positions };
-    let windows = Groups { queries: windows.clone(), keys: windows };
+    let windows = Groups { queries: windows.clone(), keys: windows, zero_tokens: 0 };
     attend(prints, "in windows", (3, 2, 10, 99), &windows, Some(25));
     attend(prints, "of one token", (1, 1, 1, 1), &Groups::all(1, 1), None);
     attend(prints, "of 197 tokens", (2, 3, 32, 197), &Groups::all(197, 197), None);

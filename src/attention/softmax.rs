@@ -106,6 +106,7 @@ impl Attention {
         bias: Option<Bias<T>>,
         residual: Option<&Tensor<T>>,
     ) -> Result<(Tensor<T>, Saved<T>)> {
+        self.sizes(x)?;
         let extended = with_zero_tokens(x, groups.zero_tokens)?;
         let sizes = self.sizes(&extended)?;
         let qkv = self.qkv.forward(p, &extended)?;
@@ -135,6 +136,7 @@ impl Attention {
         bias: Option<(Bias<T>, &mut [T])>,
         dy: &Tensor<T>,
     ) -> Result<Tensor<T>> {
+        self.sizes(x)?;
         let extended = with_zero_tokens(x, groups.zero_tokens)?;
         let sizes = self.sizes(&extended)?;
         let Saved { qkv, normed, out, stats } = saved;
@@ -145,7 +147,18 @@ impl Attention {
         let [q, k, v] = self.operands(&qkv, normed.as_ref().map(|n| &n.0));
         let (dq, rest) = ColumnsMut::new(d_qkv.data_mut(), 3 * self.dim).split_at(self.dim);
         let (dk, dv) = rest.split_at(self.dim);
-        core::backward(Gradients { q: dq, k: dk, v: dv, bias: d_bias }, d_out.data(), out.data(), stats.data(), q, k, v, bias, groups, sizes);
+        core::backward(
+            Gradients { q: dq, k: dk, v: dv, bias: d_bias },
+            d_out.data(),
+            out.data(),
+            stats.data(),
+            q,
+            k,
+            v,
+            bias,
+            groups,
+            sizes,
+        );
         drop((d_out, out));
         if let (Some((q_norm, k_norm)), Some((_, stats))) = (&self.qk_norm, &normed) {
             for (part, (norm, stats)) in [q_norm, k_norm].into_iter().zip(stats).enumerate() {
@@ -174,7 +187,13 @@ impl Attention {
         }
     }
 
-    fn norm_qk<T: Float>(&self, p: &Params<T>, qkv: &Tensor<T>, q_norm: &LayerNorm, k_norm: &LayerNorm) -> Result<(Tensor<T>, [Stats<T>; 2])> {
+    fn norm_qk<T: Float>(
+        &self,
+        p: &Params<T>,
+        qkv: &Tensor<T>,
+        q_norm: &LayerNorm,
+        k_norm: &LayerNorm,
+    ) -> Result<(Tensor<T>, [Stats<T>; 2])> {
         let (q, q_stats) = q_norm.forward(p, &self.heads_of(qkv, 0))?;
         let (k, k_stats) = k_norm.forward(p, &self.heads_of(qkv, 1))?;
         let mut normed = Tensor::scratch(qkv.shape().with_last(2 * self.dim));

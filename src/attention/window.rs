@@ -28,7 +28,10 @@ pub fn shifted_windows([height, width]: [usize; 2], window: [usize; 2], shift: [
             return Err(Error::config("shift_size", format!("expected less than the window {window:?}, found {shift:?}")));
         }
         if !pad && !map[axis].is_multiple_of(window[axis]) {
-            return Err(Error::config("window_size", format!("expected a divisor of the map {height}×{width} (or `pad`), found {window:?}")));
+            return Err(Error::config(
+                "window_size",
+                format!("expected a divisor of the map {height}×{width} (or `pad`), found {window:?}"),
+            ));
         }
     }
     let padded: [usize; 2] = std::array::from_fn(|axis| map[axis].next_multiple_of(window[axis]));
@@ -97,7 +100,10 @@ pub fn coordinates(coords: &IntTensor) -> Result<Vec<[usize; 2]>> {
     let [_, two] = coords.shape.dims("coords")?;
     let negative = coords.data.iter().any(|&c| !(0..1 << 31).contains(&c));
     if two != 2 || negative {
-        return Err(Error::value("input `coords`", format!("expected [N, 2] non-negative (row, column) pairs, found shape {:?}", coords.shape)));
+        return Err(Error::value(
+            "input `coords`",
+            format!("expected [N, 2] non-negative (row, column) pairs, found shape {:?}", coords.shape),
+        ));
     }
     Ok(coords.data.chunks_exact(2).map(|c| [c[0] as usize, c[1] as usize]).collect())
 }
@@ -130,9 +136,7 @@ impl RelativeBias {
     /// The logits `[h, M², M²]`.
     pub fn logits<T: Float>(&self, p: &Params<T>) -> Tensor<T> {
         let (side, table) = (self.side(), p.get(self.table));
-        Tensor::from_fn([self.heads, side, side], |i| {
-            table[self.row(i / side % side, i % side) * self.heads + i / (side * side)]
-        })
+        Tensor::from_fn([self.heads, side, side], |i| table[self.row(i / side % side, i % side) * self.heads + i / (side * side)])
     }
 
     /// Adds the gradient of the logits to the table's.
@@ -256,7 +260,8 @@ impl Operation for Window {
 
     fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
         let config = run.config();
-        let (map, window, shift) = ([config.positive("height")?, config.positive("width")?], config.positive("window_size")?, config.usize("shift_size")?);
+        let (map, window, shift) =
+            ([config.positive("height")?, config.positive("width")?], config.positive("window_size")?, config.usize("shift_size")?);
         let groups = shifted_windows(map, [window; 2], [shift; 2], config.bool("pad")?)?;
         let [_, tokens, _] = run.input("x")?.dims("x")?;
         if tokens != map[0] * map[1] {

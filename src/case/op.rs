@@ -252,6 +252,14 @@ pub struct Op {
 impl Op {
     /// The registry's entry for `O`.
     pub const fn of<O: Operation>() -> Op {
-        Op { name: O::NAME, paper: O::PAPER, data: O::DATA, sample: O::sample, inputs: O::inputs, run_f32: O::run::<f32>, run_f64: O::run::<f64> }
+        Op {
+            name: O::NAME,
+            paper: O::PAPER,
+            data: O::DATA,
+            sample: O::sample,
+            inputs: O::inputs,
+            run_f32: O::run::<f32>,
+            run_f64: O::run::<f64>,
+        }
     }
 }

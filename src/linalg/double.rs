@@ -1,21 +1,42 @@
 //! `C = A B` in f64 by `matrixmultiply`: an independent implementation for the oracle.
 
+use super::Epilogue;
 use super::gemm::RawEpilogue;
 use super::view::{Mat, MatMut};
-use super::Epilogue;
 use crate::simd::{Kernel, Vector};
 use crate::tensor::Float;
 
 pub(super) fn dgemm(a: Mat<f64>, b: Mat<f64>, c: &mut MatMut<f64>, add: bool) {
     let (m, k, n) = (a.rows(), a.cols(), b.cols());
-    assert!(b.rows() == k && c.rows() == m && c.cols() == n, "matrix product of {m}×{k} and {}×{n} into {}×{}", b.rows(), c.rows(), c.cols());
+    assert!(
+        b.rows() == k && c.rows() == m && c.cols() == n,
+        "matrix product of {m}×{k} and {}×{n} into {}×{}",
+        b.rows(),
+        c.rows(),
+        c.cols()
+    );
     let c_row = c.row_stride() as isize;
     let (ars, acs) = (a.row_stride() as isize, a.col_stride() as isize);
     let (brs, bcs) = (b.row_stride() as isize, b.col_stride() as isize);
     let beta = if add { 1.0 } else { 0.0 };
     // SAFETY: the views lie inside their slices and the shapes agree.
     unsafe {
-        matrixmultiply::dgemm(m, k, n, 1.0, a.data().as_ptr(), ars, acs, b.data().as_ptr(), brs, bcs, beta, c.data().as_mut_ptr(), c_row, 1);
+        matrixmultiply::dgemm(
+            m,
+            k,
+            n,
+            1.0,
+            a.data().as_ptr(),
+            ars,
+            acs,
+            b.data().as_ptr(),
+            brs,
+            bcs,
+            beta,
+            c.data().as_mut_ptr(),
+            c_row,
+            1,
+        );
     }
 }
 

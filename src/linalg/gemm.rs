@@ -205,7 +205,9 @@ impl<'a, T: Float> RawEpilogue<'a, T> {
         let (pre, mut out) = match &self.activation {
             RawActivation::None => (None, None),
             // SAFETY: the view's extent was checked in `new`; this row segment is ours alone.
-            RawActivation::Gelu { out, stride } => (None, Some(unsafe { std::slice::from_raw_parts_mut(out.0.add(r * stride + first), len) })),
+            RawActivation::Gelu { out, stride } => {
+                (None, Some(unsafe { std::slice::from_raw_parts_mut(out.0.add(r * stride + first), len) }))
+            }
             RawActivation::GeluBackward { pre, out, stride } => {
                 // SAFETY: as above.
                 (Some(at(pre)), Some(unsafe { std::slice::from_raw_parts_mut(out.0.add(r * stride + first), len) }))
@@ -241,7 +243,13 @@ impl<'a, T: Float> RawEpilogue<'a, T> {
 /// `C (+)= A B` with an epilogue, on all threads of the current pool.
 pub(super) fn gemm_f32(a: Mat<f32>, b: Mat<f32>, mut c: MatMut<f32>, epilogue: Epilogue<f32>) {
     let (m, n, k) = (a.rows(), b.cols(), a.cols());
-    assert!(b.rows() == k && c.rows() == m && c.cols() == n, "matrix product of {m}×{k} and {}×{n} into {}×{}", b.rows(), c.rows(), c.cols());
+    assert!(
+        b.rows() == k && c.rows() == m && c.cols() == n,
+        "matrix product of {m}×{k} and {}×{n} into {}×{}",
+        b.rows(),
+        c.rows(),
+        c.cols()
+    );
     if m == 0 || n == 0 {
         return;
     }
@@ -275,7 +283,11 @@ pub(super) fn gemm_f32(a: Mat<f32>, b: Mat<f32>, mut c: MatMut<f32>, epilogue: E
         };
         if depth > 0 {
             let packed = &mut packed[..padded * depth];
-            if parallel { packed.par_chunks_mut(depth * width).enumerate().for_each(pack) } else { packed.chunks_mut(depth * width).enumerate().for_each(pack) }
+            if parallel {
+                packed.par_chunks_mut(depth * width).enumerate().for_each(pack)
+            } else {
+                packed.chunks_mut(depth * width).enumerate().for_each(pack)
+            }
         }
         let task = |index: usize| {
             let (i, j) = (index % row_tasks, index / row_tasks);

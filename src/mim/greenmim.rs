@@ -69,7 +69,10 @@ impl GreenMim {
         let [side, width] = *grids.last().unwrap_or(&[0, 0]);
         let factor = encoder.settings().patch_size << (grids.len() - 1);
         if side != width || side * factor != encoder.settings().img_size[0] {
-            return Err(Error::config("img_size", format!("expected a square of whole {factor}-pixel cells, found {:?}", encoder.settings().img_size)));
+            return Err(Error::config(
+                "img_size",
+                format!("expected a square of whole {factor}-pixel cells, found {:?}", encoder.settings().img_size),
+            ));
         }
         let (dim, heads) = (config.positive("decoder_embed_dim")?, config.positive("decoder_num_heads")?);
         let block = BlockSettings {
@@ -83,8 +86,9 @@ impl GreenMim {
         let mask_token = names.param("mask_token", [1, 1, dim], Init::NORMAL_02);
         let decoder_embed = Linear::new(names.at("decoder_embed"), encoder.width(), dim, true, xavier(encoder.width(), dim));
         let positions = names.buffer("decoder_pos_embed", [1, side * side, dim], Init::sincos2d(dim, side, 0)?);
-        let blocks =
-            (0..config.usize("decoder_depth")?).map(|i| Block::new(&mut names.at(format!("decoder_blocks.{i}")), block)).collect::<Result<_>>()?;
+        let blocks = (0..config.usize("decoder_depth")?)
+            .map(|i| Block::new(&mut names.at(format!("decoder_blocks.{i}")), block))
+            .collect::<Result<_>>()?;
         let norm = LayerNorm::new(names.at("decoder_norm"), dim, eps);
         let pixels = factor * factor * encoder.settings().in_chans;
         let pred = Linear::new(names.at("decoder_pred"), dim, pixels, true, xavier(dim, pixels));
@@ -117,7 +121,14 @@ impl GreenMim {
             .collect()
     }
 
-    fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>, seen: &Visible, hidden: &[bool], latents: &[u32]) -> Result<(Tensor<T>, Saved<T>)> {
+    fn forward<T: Float>(
+        &self,
+        p: &Params<T>,
+        image: &Tensor<T>,
+        seen: &Visible,
+        hidden: &[bool],
+        latents: &[u32],
+    ) -> Result<(Tensor<T>, Saved<T>)> {
         let (tokens, embed) = self.encoder.embed(p, image, Some(&seen.keep))?;
         let (latent, encoder) = self.encoder.forward(p, tokens, &seen.plan, Some(&seen.keep))?;
         let rows_in = self.decoder_embed.forward(p, &latent)?;

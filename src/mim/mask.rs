@@ -35,7 +35,11 @@ pub fn len_keep(len: usize, ratio: f64) -> Result<usize> {
 }
 
 fn check_ratio(ratio: f64) -> Result<()> {
-    if (0.0..=1.0).contains(&ratio) { Ok(()) } else { Err(Error::config("mask_ratio", format!("expected a number from 0 to 1, found {ratio}"))) }
+    if (0.0..=1.0).contains(&ratio) {
+        Ok(())
+    } else {
+        Err(Error::config("mask_ratio", format!("expected a number from 0 to 1, found {ratio}")))
+    }
 }
 
 /// The random mask of `noise` `[B, L]`. Equal noise keeps the order of the patches; an error if any is not a number.
@@ -88,7 +92,10 @@ impl CoarseMask {
     pub fn new(input_size: usize, mask_patch_size: usize, model_patch_size: usize, ratio: f64) -> Result<Self> {
         check_ratio(ratio)?;
         if mask_patch_size == 0 || !input_size.is_multiple_of(mask_patch_size) {
-            return Err(Error::config("mask_patch_size", format!("expected a divisor of the image size {input_size}, found {mask_patch_size}")));
+            return Err(Error::config(
+                "mask_patch_size",
+                format!("expected a divisor of the image size {input_size}, found {mask_patch_size}"),
+            ));
         }
         if model_patch_size == 0 || !mask_patch_size.is_multiple_of(model_patch_size) {
             let message = format!("expected a divisor of mask_patch_size {mask_patch_size}, found {model_patch_size}");
@@ -248,7 +255,12 @@ impl Operation for MaskSimMim {
                         seen[cell] = true;
                         permutation.push(cell);
                     }
-                    None => return Err(Error::value("perm", format!("expected permutations of 0..{cells}, found {cell} twice or out of range"))),
+                    None => {
+                        return Err(Error::value(
+                            "perm",
+                            format!("expected permutations of 0..{cells}, found {cell} twice or out of range"),
+                        ));
+                    }
                 }
             }
             hidden.extend(generator.hidden(&permutation));

@@ -64,7 +64,8 @@ macro_rules! each {
 
 /// The configuration of `method` on `model` for images of `image_size` pixels, as `mim.*` cases spell it.
 pub fn config(method: &str, model: &str, image_size: usize, mask_ratio: Option<f64>) -> Result<Config> {
-    let found = METHODS.iter().find(|m| m.name == method).ok_or_else(|| Error::unknown("method", method, METHODS.iter().map(|m| m.name)))?;
+    let found =
+        METHODS.iter().find(|m| m.name == method).ok_or_else(|| Error::unknown("method", method, METHODS.iter().map(|m| m.name)))?;
     if !found.models.contains(&model) {
         return Err(Error::unknown("model for this method", model, found.models.iter().copied()));
     }
@@ -80,7 +81,11 @@ pub fn config(method: &str, model: &str, image_size: usize, mask_ratio: Option<f
     if method == "greenmim" {
         let [dim, depth, heads] = size.decoder;
         config.set("decoder_embed_dim", dim).set("decoder_depth", depth).set("decoder_num_heads", heads);
-        config.set("norm_eps", 1e-6).set("mask_ratio", mask_ratio.unwrap_or(0.75)).set("norm_pix_loss", true).set("decoder_order", "row_major");
+        config
+            .set("norm_eps", 1e-6)
+            .set("mask_ratio", mask_ratio.unwrap_or(0.75))
+            .set("norm_pix_loss", true)
+            .set("decoder_order", "row_major");
     } else {
         config.set("encoder", "swin").set("encoder_stride", cell).set("norm_target", 0).set("norm_eps", 1e-5);
         config.set("mask_ratio", mask_ratio.unwrap_or(0.6));

@@ -161,7 +161,9 @@ impl MaskedPixelLoss {
                     let s = stats.data()[2 * i + 1].to_f64();
                     let mean = d_pred.iter().fold(0.0, |sum, x| sum - x.to_f64()) / n as f64;
                     let along = d_pred.iter().zip(t).fold(0.0, |sum, (x, t)| sum - x.to_f64() * t.to_f64()) / (n - 1) as f64;
-                    d.iter_mut().zip(d_pred.iter().zip(t)).for_each(|(d, (x, t))| *d = T::from_f64((-x.to_f64() - mean - t.to_f64() * along) / s));
+                    d.iter_mut()
+                        .zip(d_pred.iter().zip(t))
+                        .for_each(|(d, (x, t))| *d = T::from_f64((-x.to_f64() - mean - t.to_f64() * along) / s));
                 }
             }
         });

@@ -39,10 +39,8 @@ pub fn visible(encoder: &Encoder, hidden: &[bool]) -> Result<Visible> {
         if [height, width] != last.map(|side| side * factor) {
             return Err(Error::config("img_size", format!("visible cells need a grid that halves evenly, found {grids:?}")));
         }
-        let coords: Vec<[usize; 2]> = (0..height * width)
-            .map(|t| [t / width, t % width])
-            .filter(|[y, x]| !hidden[y / factor * last[1] + x / factor])
-            .collect();
+        let coords: Vec<[usize; 2]> =
+            (0..height * width).map(|t| [t / width, t % width]).filter(|[y, x]| !hidden[y / factor * last[1] + x / factor]).collect();
         let (window, shift) = clip_window([height, width], window_size, window_size / 2, false);
         let plain = visible_windows(&coords, window[0], 0)?;
         let shifted = if shift[0] == 0 { plain.clone() } else { visible_windows(&coords, window[0], shift[0])? };
@@ -102,7 +100,11 @@ impl Operation for Block {
         sample_settings(rng, &mut config);
         let (heads, window) = (rng.between(1, 2), rng.between(1, 4));
         config.set("dim", heads * rng.between(2, 4)).set("num_heads", heads);
-        config.set("height", rng.between(1, 9)).set("width", rng.between(1, 9)).set("window_size", window).set("shift_size", rng.below(window));
+        config
+            .set("height", rng.between(1, 9))
+            .set("width", rng.between(1, 9))
+            .set("window_size", window)
+            .set("shift_size", rng.below(window));
         config.set("mlp_ratio", rng.range(1.0, 3.0)).set("norm_eps", 1e-6);
         config.set("mode", rng.pick(&["auto", "masking", "grouping"])).set("group_size", rng.pick(&["max", "paper"]));
         config

@@ -114,7 +114,14 @@ impl PatchMerging {
     }
 
     /// `dx`.
-    pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: MergingSaved<T>, cells: &[u32], dy: &Tensor<T>) -> Result<Tensor<T>> {
+    pub fn backward<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        saved: MergingSaved<T>,
+        cells: &[u32],
+        dy: &Tensor<T>,
+    ) -> Result<Tensor<T>> {
         let normed = self.norm.again(p, &saved.merged, &saved.stats);
         let d_normed = self.reduction.backward(p, g, &normed, dy)?;
         drop(normed);
@@ -227,7 +234,10 @@ impl Encoder {
     pub fn new(names: &mut Names, settings: Settings) -> Result<Self> {
         let s = &settings;
         if s.depths.is_empty() || s.depths.len() != s.num_heads.len() || s.depths.len() > 16 {
-            return Err(Error::config("depths", format!("expected one entry per stage, as in num_heads {:?}, found {:?}", s.num_heads, s.depths)));
+            return Err(Error::config(
+                "depths",
+                format!("expected one entry per stage, as in num_heads {:?}, found {:?}", s.num_heads, s.depths),
+            ));
         }
         let eps = s.patch_norm.then_some(s.norm_eps);
         let conv_init = (s.init)(s.in_chans * s.patch_size * s.patch_size, s.embed_dim);
@@ -292,7 +302,13 @@ impl Encoder {
     }
 
     /// Tokens `[B, N, C₀]` (all, or those in `keep`) through positions, stages and the final norm.
-    pub fn forward<T: Float>(&self, p: &Params<T>, mut x: Tensor<T>, plan: &Plan, keep: Option<&[u32]>) -> Result<(Tensor<T>, EncoderSaved<T>)> {
+    pub fn forward<T: Float>(
+        &self,
+        p: &Params<T>,
+        mut x: Tensor<T>,
+        plan: &Plan,
+        keep: Option<&[u32]>,
+    ) -> Result<(Tensor<T>, EncoderSaved<T>)> {
         if let Some(ape) = self.ape {
             let (table, width) = (p.get(ape), self.settings.embed_dim);
             match keep {

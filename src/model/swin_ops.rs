@@ -29,7 +29,11 @@ pub fn map_size(config: &Config) -> Result<[usize; 2]> {
 pub fn map_input<T: Float>(run: &Run<T>, map: [usize; 2], dim: usize) -> Result<Tensor<T>> {
     let x = run.input("x")?;
     let [_, tokens, c] = x.dims("input `x`")?;
-    if tokens == map[0] * map[1] && c == dim { Ok(x) } else { Err(Error::shape("input `x`", format!("[batch, {}, {dim}]", map[0] * map[1]), x.shape())) }
+    if tokens == map[0] * map[1] && c == dim {
+        Ok(x)
+    } else {
+        Err(Error::shape("input `x`", format!("[batch, {}, {dim}]", map[0] * map[1]), x.shape()))
+    }
 }
 
 /// `block.swin`.
@@ -235,7 +239,11 @@ pub fn sample_encoder(rng: &mut Rng) -> Config {
     config.set("img_size", side).set("patch_size", patch).set("in_chans", rng.between(1, 3)).set("embed_dim", 2 * rng.between(1, 2));
     config.set("depths", (0..stages).map(|_| rng.between(1, 2)).collect::<Vec<_>>());
     config.set("num_heads", (0..stages).map(|_| rng.between(1, 2)).collect::<Vec<_>>());
-    config.set("window_size", window).set("mlp_ratio", rng.range(1.0, 2.0)).set("qkv_bias", rng.chance(0.7)).set("qk_scale", serde_json::Value::Null);
+    config
+        .set("window_size", window)
+        .set("mlp_ratio", rng.range(1.0, 2.0))
+        .set("qkv_bias", rng.chance(0.7))
+        .set("qk_scale", serde_json::Value::Null);
     config.set("ape", rng.chance(0.5)).set("patch_norm", rng.chance(0.5)).set("norm_eps", 1e-5);
     config
 }

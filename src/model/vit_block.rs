@@ -53,7 +53,11 @@ pub struct Saved<T: Float> {
 /// `⌊dim · ratio⌋`: the hidden width of an MLP.
 pub fn hidden_width(dim: usize, ratio: f64) -> Result<usize> {
     let hidden = dim as f64 * ratio;
-    if hidden >= 1.0 && hidden < 1e9 { Ok(hidden as usize) } else { Err(Error::config("mlp_ratio", format!("expected a hidden width of at least 1, found {dim} · {ratio}"))) }
+    if hidden >= 1.0 && hidden < 1e9 {
+        Ok(hidden as usize)
+    } else {
+        Err(Error::config("mlp_ratio", format!("expected a hidden width of at least 1, found {dim} · {ratio}")))
+    }
 }
 
 impl Block {
@@ -186,7 +190,11 @@ pub fn vit_block_settings(config: &Config, dim: &str, heads: &str, ratio: &str) 
     let eps = config.f64_or("norm_eps", 1e-6)?;
     let qk_norm = config.bool_or("qk_norm", false)?.then_some(eps);
     Ok(BlockSettings {
-        attention: Settings { qkv_bias: config.bool_or("qkv_bias", true)?, qk_norm, ..Settings::new(config.usize(dim)?, config.usize(heads)?) },
+        attention: Settings {
+            qkv_bias: config.bool_or("qkv_bias", true)?,
+            qk_norm,
+            ..Settings::new(config.usize(dim)?, config.usize(heads)?)
+        },
         mlp_ratio: config.f64_or(ratio, 4.0)?,
         norm_eps: eps,
         layer_scale: config.bool_or("layer_scale", false)?.then_some((["ls1.gamma", "ls2.gamma"], 1e-5)),

@@ -88,7 +88,12 @@ impl Linear {
     pub fn backward_input<T: Float>(&self, p: &Params<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
         let rows = self.rows("gradient of a linear layer", dy, self.outputs)?;
         let mut dx = Tensor::scratch(dy.shape().with_last(self.inputs));
-        gemm(Mat::new(dy.data(), rows, self.outputs), self.weight_matrix(p), MatMut::new(dx.data_mut(), rows, self.inputs), Epilogue::default());
+        gemm(
+            Mat::new(dy.data(), rows, self.outputs),
+            self.weight_matrix(p),
+            MatMut::new(dx.data_mut(), rows, self.inputs),
+            Epilogue::default(),
+        );
         Ok(dx)
     }
 

@@ -32,7 +32,14 @@ impl Mlp {
     }
 
     /// `dx` (without the residual's share).
-    pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, x: &Tensor<T>, saved: Saved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
+    pub fn backward<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        x: &Tensor<T>,
+        saved: Saved<T>,
+        dy: &Tensor<T>,
+    ) -> Result<Tensor<T>> {
         let (dh, active) = self.fc2.backward_gelu(p, &saved.hidden, dy)?;
         drop(saved);
         self.fc2.backward_params(g, &active, dy)?;

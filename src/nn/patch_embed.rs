@@ -25,7 +25,15 @@ pub struct Saved<T: Float> {
 
 impl PatchEmbed {
     /// Registers the parameters. An error unless the image is a whole number of patches.
-    pub fn new(mut names: Names, image: [usize; 2], patch: usize, chans: usize, dim: usize, norm_eps: Option<f64>, init: Init) -> Result<Self> {
+    pub fn new(
+        mut names: Names,
+        image: [usize; 2],
+        patch: usize,
+        chans: usize,
+        dim: usize,
+        norm_eps: Option<f64>,
+        init: Init,
+    ) -> Result<Self> {
         if patch == 0 || image.iter().any(|&side| side == 0 || !side.is_multiple_of(patch)) {
             return Err(Error::config("img_size", format!("expected a positive multiple of patch_size {patch}, found {image:?}")));
         }
