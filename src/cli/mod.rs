@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 all good, 1 a check failed, 2 bad usage or unreadable input (with one line on standard error).
 
+mod bench;
 mod case;
 mod group;
 mod list;
@@ -39,6 +40,8 @@ enum Command {
     Case(case::Case),
     List(list::List),
     Group(group::Group),
+    #[command(subcommand)]
+    Bench(bench::Bench),
 }
 
 /// Runs the program on the arguments of the process.
@@ -84,6 +87,7 @@ impl Cli {
             Command::Case(command) => command.run(out),
             Command::List(command) => command.run(out),
             Command::Group(command) => command.run(out),
+            Command::Bench(command) => command.run(out, self.threads),
         }
     }
 }
