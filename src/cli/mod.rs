@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 all good, 1 a check failed, 2 bad usage or unreadable input (with one line on standard error).
 
+mod bench;
 mod case;
 mod group;
 mod list;
@@ -46,6 +47,8 @@ enum Command {
     Probe(probe::Probe),
     Reconstruct(reconstruct::Reconstruct),
     Group(group::Group),
+    #[command(subcommand)]
+    Bench(bench::Bench),
 }
 
 /// Runs the program on the arguments of the process.
@@ -94,6 +97,7 @@ impl Cli {
             Command::Probe(command) => command.run(out),
             Command::Reconstruct(command) => command.run(out),
             Command::Group(command) => command.run(out),
+            Command::Bench(command) => command.run(out, self.threads),
         }
     }
 }
