@@ -19,9 +19,14 @@ pub struct Saved<T: Float> {
 
 impl Mlp {
     /// Registers `fc1` and `fc2`.
-    pub fn new(mut names: Names, dim: usize, hidden: usize, init: fn(usize, usize) -> Init) -> Self {
-        let fc1 = Linear::new(names.at("fc1"), dim, hidden, true, init(dim, hidden));
-        let fc2 = Linear::new(names.at("fc2"), hidden, dim, true, init(hidden, dim));
+    pub fn new(names: Names, dim: usize, hidden: usize, init: fn(usize, usize) -> Init) -> Self {
+        Self::with_inits(names, dim, hidden, [init(dim, hidden), init(hidden, dim)])
+    }
+
+    /// Registers `fc1` and `fc2` with an initialisation for each.
+    pub fn with_inits(mut names: Names, dim: usize, hidden: usize, [first, second]: [Init; 2]) -> Self {
+        let fc1 = Linear::new(names.at("fc1"), dim, hidden, true, first);
+        let fc2 = Linear::new(names.at("fc2"), hidden, dim, true, second);
         Mlp { fc1, fc2 }
     }
 
@@ -32,7 +37,14 @@ impl Mlp {
     }
 
     /// `dx` (without the residual's share).
-    pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, x: &Tensor<T>, saved: Saved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
+    pub fn backward<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        x: &Tensor<T>,
+        saved: Saved<T>,
+        dy: &Tensor<T>,
+    ) -> Result<Tensor<T>> {
         let (dh, active) = self.fc2.backward_gelu(p, &saved.hidden, dy)?;
         drop(saved);
         self.fc2.backward_params(g, &active, dy)?;
