@@ -3,10 +3,24 @@
 use super::op::Op;
 use crate::attention::softmax::SoftmaxAttention;
 use crate::error::{Error, Result};
+use crate::mim::mae::MimMae;
+use crate::mim::mask::{MaskRandom, MaskSimMim};
+use crate::mim::simmim::MimSimMim;
+use crate::model::vit::{ModelVit, ModelVitDistilled};
 use crate::model::vit_block::VitBlock;
 use crate::nn::positions::PosEmbedSinCos2d;
 
-static OPERATIONS: &[Op] = &[Op::of::<SoftmaxAttention>(), Op::of::<VitBlock>(), Op::of::<PosEmbedSinCos2d>()];
+static OPERATIONS: &[Op] = &[
+    Op::of::<SoftmaxAttention>(),
+    Op::of::<VitBlock>(),
+    Op::of::<ModelVit>(),
+    Op::of::<ModelVitDistilled>(),
+    Op::of::<PosEmbedSinCos2d>(),
+    Op::of::<MaskRandom>(),
+    Op::of::<MimMae>(),
+    Op::of::<MaskSimMim>(),
+    Op::of::<MimSimMim>(),
+];
 
 /// All operations, in order of the sheets.
 pub fn operations() -> &'static [Op] {

@@ -1,5 +1,11 @@
 //! Masked image modeling: masks, targets, one file per objective.
 
+pub mod mae;
+pub mod mask;
+pub mod pixels;
+pub mod simmim;
+pub mod simmim_vit;
+
 use std::sync::Arc;
 
 use crate::error::Result;
