@@ -289,3 +289,41 @@ impl Operation for MimMae {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the trainer, the pictures and the probe rely on.
+    #[test]
+    fn objective() {
+        let json = r#"{"img_size": 8, "patch_size": 2, "in_chans": 3, "embed_dim": 8, "depth": 1, "num_heads": 2, "decoder_embed_dim": 4,
+            "decoder_depth": 1, "decoder_num_heads": 1, "mlp_ratio": 2, "norm_eps": 1e-6, "mask_ratio": 0.75, "norm_pix_loss": true}"#;
+        let mae = Mae::new(&Config::parse(json).unwrap()).unwrap();
+        crate::mim::tests::check_objective(&mae, 0.75, 8);
+    }
+
+    #[test]
+    fn nothing_masked_is_refused() {
+        let mut config = MimMae::sample(&mut Rng::new(1, crate::tensor::random::Purpose::Case, 0, 0));
+        config.set("mask_ratio", 0.0);
+        let mae = Mae::new(&config).unwrap();
+        let (side, chans) = mae.image_shape();
+        let p = Params::<f32>::init(&mae.layout, 1);
+        let error = mae.loss(&p, None, &Tensor::zeros([1, chans, side, side]), StepKey { seed: 1, step: 0 }).unwrap_err();
+        assert!(error.to_string().contains("mask_ratio"), "{error}");
+    }
+
+    /// The positions are frozen and start as the table that the published checkpoints hold.
+    #[test]
+    fn positions_start_as_the_table() {
+        let mae = Mae::new(&MimMae::sample(&mut Rng::new(2, crate::tensor::random::Purpose::Case, 0, 0))).unwrap();
+        let p = Params::<f64>::init(&mae.layout, 1);
+        for entry in mae.layout.buffers() {
+            let [_, rows, dim] = *entry.param.shape() else { panic!("{}", entry.name) };
+            let table = crate::nn::positions::sincos2d::<f64>(dim, (rows - 1).isqrt(), true).unwrap();
+            assert_eq!(p.buffer(entry.param), table.data(), "{}", entry.name);
+        }
+        assert_eq!(mae.layout.buffers().len(), 2);
+    }
+}

@@ -256,3 +256,36 @@ impl Operation for MimSimMim {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the trainer, the pictures and the probe rely on.
+    #[test]
+    fn objective_with_a_vit() {
+        let json = r#"{"encoder": "vit", "img_size": 16, "patch_size": 2, "in_chans": 3, "embed_dim": 8, "depth": 1, "num_heads": 2,
+            "mlp_ratio": 2, "qkv_bias": true, "layer_scale": true, "use_ape": false, "use_rpb": false, "use_shared_rpb": true,
+            "use_mean_pooling": false, "norm_eps": 1e-6, "norm_target": 0, "encoder_stride": 2, "mask_patch_size": 4, "mask_ratio": 0.5}"#;
+        let config = Config::parse(json).unwrap();
+        crate::mim::tests::check_objective(&SimMim::new(&config).unwrap(), 0.5, 8);
+        for (key, value) in [("mask_patch_size", 3), ("encoder_stride", 4), ("in_chans", 1), ("norm_target", 4)] {
+            let mut config = config.clone();
+            config.set(key, value);
+            assert!(SimMim::new(&config).is_err(), "{key}");
+        }
+    }
+
+    /// Nothing masked: no loss, and gradients of zero rather than no numbers.
+    #[test]
+    fn nothing_masked_is_no_loss() {
+        let config = MimSimMim::sample(&mut Rng::new(3, crate::tensor::random::Purpose::Case, 0, 0));
+        let simmim = SimMim::new(&config).unwrap();
+        let (side, n) = (simmim.image, simmim.image / simmim.patch);
+        let p = Params::<f32>::init(&simmim.layout, 1);
+        let mut g = Params::zeros(&simmim.layout);
+        let (loss, saved) = simmim.forward(&p, &Tensor::zeros([2, 3, side, side]), &vec![false; 2 * n * n]).unwrap();
+        simmim.backward(&p, &mut g, saved, 1.0, None, None).unwrap();
+        assert!(loss == 0.0 && g.flat().iter().all(|&x| x == 0.0));
+    }
+}

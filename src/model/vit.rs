@@ -261,11 +261,10 @@ impl Encoder {
     pub fn mean<T: Float>(&self, tokens: &Tensor<T>) -> Result<Tensor<T>> {
         let [b, n, c] = tokens.dims("tokens")?;
         let mut mean = Tensor::zeros([b, c]);
-        let patches = n - self.prefix();
+        let share = T::ONE / T::of(n - self.prefix());
         for (mean, x) in mean.data_mut().chunks_exact_mut(c).zip(tokens.data().chunks_exact(n * c)) {
-            let mut sum = vec![T::ZERO; c];
-            reduce::add_column_sums(&mut sum, &x[self.prefix() * c..]);
-            elementwise::add_scaled(mean, &sum, T::ONE / T::of(patches));
+            reduce::add_column_sums(mean, &x[self.prefix() * c..]);
+            mean.iter_mut().for_each(|x| *x = *x * share);
         }
         Ok(mean)
     }
