@@ -4,8 +4,8 @@ use super::op::Op;
 use crate::attention::{softmax, window};
 use crate::error::{Error, Result};
 use crate::grouping::ops as group;
-use crate::mim::greenmim;
-use crate::model::{green_swin, swin_ops, vit_block};
+use crate::mim::{greenmim, mae, mask, simmim};
+use crate::model::{green_swin, swin_ops, vit, vit_block};
 use crate::nn::positions;
 
 static OPERATIONS: &[Op] = &[
@@ -20,6 +20,12 @@ static OPERATIONS: &[Op] = &[
     Op::of::<green_swin::Block>(),
     Op::of::<green_swin::Merging>(),
     Op::of::<green_swin::Model>(),
+    Op::of::<vit::ModelVit>(),
+    Op::of::<vit::ModelVitDistilled>(),
+    Op::of::<mask::MaskRandom>(),
+    Op::of::<mask::MaskSimMim>(),
+    Op::of::<mae::MimMae>(),
+    Op::of::<simmim::MimSimMim>(),
     Op::of::<greenmim::GreenMimOp>(),
     Op::of::<group::GroupKnapsack>(),
     Op::of::<group::GroupWindows>(),

@@ -270,3 +270,41 @@ impl Operation for MaskSimMim {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Counts that round the other way in exact arithmetic.
+    #[test]
+    fn counts_are_those_of_double_arithmetic() {
+        assert_eq!(len_keep(10, 0.9).unwrap(), 0);
+        assert_eq!(len_keep(100, 0.9).unwrap(), 9);
+        assert_eq!(len_keep(196, 0.75).unwrap(), 49);
+        assert!(len_keep(4, 1.1).is_err() && len_keep(4, f64::NAN).is_err());
+        assert_eq!(CoarseMask::new(40, 4, 4, 0.07).unwrap().count, 8);
+    }
+
+    #[test]
+    fn equal_noise_keeps_the_order_and_nan_is_refused() {
+        let mask = random_mask(&Tensor::<f32>::zeros([1, 5]), 0.4).unwrap();
+        assert_eq!((mask.ids_keep, mask.ids_restore), (vec![0, 1, 2], vec![0, 1, 2, 3, 4]));
+        assert!(random_mask(&Tensor::from_fn([1, 3], |_| f64::NAN), 0.5).is_err());
+    }
+
+    /// A step's masks depend on its key alone, differ between images and steps, and don't depend on the batch's size.
+    #[test]
+    fn drawn_masks_are_reproducible() {
+        let key = StepKey { seed: 5, step: 9 };
+        let all = RandomMask::draw(4, 64, 0.75, key).unwrap();
+        let two = RandomMask::draw(2, 64, 0.75, key).unwrap();
+        assert_eq!(all.ids_restore[..128], two.ids_restore[..]);
+        assert_ne!(all.ids_restore[..64], all.ids_restore[64..128]);
+        assert_ne!(all, RandomMask::draw(4, 64, 0.75, StepKey { seed: 5, step: 10 }).unwrap());
+        let coarse = CoarseMask::new(64, 8, 4, 0.6).unwrap();
+        let (four, one) = (coarse.draw(4, key), coarse.draw(1, key));
+        assert_eq!(four[..256], one[..]);
+        // ⌈64 · 0.6⌉ cells of 2 × 2 patches in every image.
+        assert!(four.chunks_exact(256).all(|image| image.iter().filter(|&&m| m).count() == 39 * 4));
+    }
+}

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use serde_json::json;
 
 use super::greenmim::GreenMim;
+use super::mae::Mae;
+use super::simmim::SimMim;
 use super::{Objective, Reconstruction, StepKey};
 use crate::case::Config;
 use crate::error::{Error, Result};
@@ -42,9 +44,29 @@ const SWIN_SIZES: [SwinSize; 6] = [
     SwinSize { name: SWIN[5], embed_dim: 192, depths: &[2, 2, 18, 2], num_heads: &[6, 12, 24, 48], patch_size: 4, decoder: [512, 1, 16] },
 ];
 
+/// The plain ViTs of MAE: name, width, depth, heads, patch side, decoder width, depth and heads.
+struct VitSize {
+    name: &'static str,
+    embed_dim: usize,
+    depth: usize,
+    num_heads: usize,
+    patch_size: usize,
+    decoder: [usize; 3],
+}
+
+const VIT: [&str; 4] = ["vit_micro", "vit_base", "vit_large", "vit_huge"];
+
+const VIT_SIZES: [VitSize; 4] = [
+    VitSize { name: VIT[0], embed_dim: 144, depth: 6, num_heads: 6, patch_size: 4, decoder: [96, 2, 6] },
+    VitSize { name: VIT[1], embed_dim: 768, depth: 12, num_heads: 12, patch_size: 16, decoder: [512, 8, 16] },
+    VitSize { name: VIT[2], embed_dim: 1024, depth: 24, num_heads: 16, patch_size: 16, decoder: [512, 8, 16] },
+    VitSize { name: VIT[3], embed_dim: 1280, depth: 32, num_heads: 16, patch_size: 14, decoder: [512, 8, 16] },
+];
+
 /// All methods.
 pub static METHODS: &[Method] = &[
     Method { name: "greenmim", paper: "2205.13515 GreenMIM", models: &SWIN },
+    Method { name: "mae", paper: "2111.06377 MAE", models: &VIT },
     Method { name: "simmim", paper: "2111.09886 SimMIM", models: &SWIN },
 ];
 
@@ -52,12 +74,18 @@ pub static METHODS: &[Method] = &[
 pub enum AnyObjective {
     /// GreenMIM with a Swin encoder.
     GreenMim(Box<GreenMim>),
+    /// SimMIM.
+    SimMim(Box<SimMim>),
+    /// MAE.
+    Mae(Box<Mae>),
 }
 
 macro_rules! each {
     ($any:expr, $objective:ident => $body:expr) => {
         match $any {
             AnyObjective::GreenMim($objective) => $body,
+            AnyObjective::SimMim($objective) => $body,
+            AnyObjective::Mae($objective) => $body,
         }
     };
 }
@@ -69,15 +97,23 @@ pub fn config(method: &str, model: &str, image_size: usize, mask_ratio: Option<f
     if !found.models.contains(&model) {
         return Err(Error::unknown("model for this method", model, found.models.iter().copied()));
     }
+    let mut config = Config::default();
+    config.set("img_size", image_size).set("in_chans", 3).set("mlp_ratio", 4.0).set("qkv_bias", true);
+    if let Some(size) = VIT_SIZES.iter().find(|s| s.name == model) {
+        let [dim, depth, heads] = size.decoder;
+        config.set("patch_size", size.patch_size).set("embed_dim", size.embed_dim).set("depth", size.depth).set("num_heads", size.num_heads);
+        config.set("decoder_embed_dim", dim).set("decoder_depth", depth).set("decoder_num_heads", heads);
+        config.set("norm_eps", 1e-6).set("mask_ratio", mask_ratio.unwrap_or(0.75)).set("norm_pix_loss", true);
+        return Ok(config);
+    }
     let size = SWIN_SIZES.iter().find(|s| s.name == model).ok_or_else(|| Error::unknown("model", model, SWIN))?;
     let cell = size.patch_size << (size.depths.len() - 1);
     if image_size == 0 || !image_size.is_multiple_of(cell) {
         return Err(Error::config("image_size", format!("{model} needs a multiple of {cell}, found {image_size}")));
     }
-    let mut config = Config::default();
-    config.set("img_size", image_size).set("patch_size", size.patch_size).set("in_chans", 3).set("embed_dim", size.embed_dim);
+    config.set("patch_size", size.patch_size).set("embed_dim", size.embed_dim);
     config.set("depths", json!(size.depths)).set("num_heads", json!(size.num_heads)).set("window_size", image_size / cell);
-    config.set("mlp_ratio", 4.0).set("qkv_bias", true).set("qk_scale", json!(null)).set("ape", false).set("patch_norm", true);
+    config.set("qk_scale", json!(null)).set("ape", false).set("patch_norm", true);
     if method == "greenmim" {
         let [dim, depth, heads] = size.decoder;
         config.set("decoder_embed_dim", dim).set("decoder_depth", depth).set("decoder_num_heads", heads);
@@ -96,7 +132,11 @@ pub fn config(method: &str, model: &str, image_size: usize, mask_ratio: Option<f
 /// The objective `method` on `model`; `mask_ratio` is the method's own where it is not given.
 pub fn build(method: &str, model: &str, image_size: usize, mask_ratio: Option<f64>) -> Result<AnyObjective> {
     let config = config(method, model, image_size, mask_ratio)?;
-    Ok(AnyObjective::GreenMim(Box::new(GreenMim::new(&config)?)))
+    Ok(match method {
+        "greenmim" => AnyObjective::GreenMim(Box::new(GreenMim::new(&config)?)),
+        "simmim" => AnyObjective::SimMim(Box::new(SimMim::new(&config)?)),
+        _ => AnyObjective::Mae(Box::new(Mae::new(&config)?)),
+    })
 }
 
 impl Objective for AnyObjective {

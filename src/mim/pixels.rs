@@ -344,7 +344,29 @@ impl MaskedL1Loss {
     }
 }
 
-/// The local statistics of one channel, in f64: sums over windows come from prefix sums, which cancel.
+impl MaskedL1Loss {
+    /// The image that `pred` shows: locally normalised predictions get back the mean and deviation of the true window.
+    pub fn picture<T: Float>(&self, pred: &Tensor<T>, image: &Tensor<T>) -> Result<Tensor<T>> {
+        pred.expect_shape("pred", image.shape())?;
+        self.target(image)?;
+        let [_, _, h, w] = image.dims("image")?;
+        let mut picture = pred.clone();
+        if self.norm_target != 0 {
+            picture.data_mut().par_chunks_mut(h * w).zip(image.data().par_chunks(h * w)).for_each(|(y, x)| {
+                let local = Local::new(x, [h, w], self.norm_target);
+                y.iter_mut().enumerate().for_each(|(j, y)| {
+                    // `x − (centred x)` is the centre.
+                    let mean = x[j].to_f64() - local.x[j] + local.mean[j];
+                    *y = T::from_f64(y.to_f64() * local.deviation(j) + mean);
+                });
+            });
+        }
+        Ok(picture)
+    }
+}
+
+/// The local statistics of one channel, in f64: sums over windows come from prefix sums, which cancel. For the same reason the
+/// channel is centred first, which the normalisation doesn't notice.
 struct Local {
     x: Vec<f64>,
     mean: Vec<f64>,
@@ -356,7 +378,8 @@ struct Local {
 
 impl Local {
     fn new<T: Float>(x: &[T], shape: [usize; 2], window: usize) -> Self {
-        let x: Vec<f64> = x.iter().map(|x| x.to_f64()).collect();
+        let center = x.iter().fold(0.0, |sum, x| sum + x.to_f64()) / x.len() as f64;
+        let x: Vec<f64> = x.iter().map(|x| x.to_f64() - center).collect();
         let sizes = box_sums(&vec![1.0; x.len()], shape, window);
         let over = |sums: Vec<f64>| -> Vec<f64> { sums.iter().zip(&sizes).map(|(s, n)| s / n).collect() };
         let mean = over(box_sums(&x, shape, window));
@@ -406,4 +429,86 @@ fn box_sums(x: &[f64], [h, w]: [usize; 2], k: usize) -> Vec<f64> {
         at(bottom, right) - at(top, right) - at(bottom, left) + at(top, left)
     };
     (0..h * w).map(sum).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::random::{Purpose, Rng};
+
+    fn random(shape: [usize; 4], seed: u64) -> Tensor<f64> {
+        let mut rng = Rng::new(seed, Purpose::Case, 0, 0);
+        Tensor::from_fn(shape, |_| 3.0 + 2.0 * rng.normal())
+    }
+
+    #[test]
+    fn patches_are_in_row_column_channel_order_and_come_back() {
+        let image = Tensor::<f64>::from_fn([1, 2, 2, 4], |i| i as f64);
+        let patches = patchify(&image, 2).unwrap();
+        assert_eq!(patches.data()[..8], [0.0, 8.0, 1.0, 9.0, 4.0, 12.0, 5.0, 13.0]);
+        let image = random([2, 3, 6, 9], 1);
+        assert_eq!(unpatchify(&patchify(&image, 3).unwrap(), [3, 6, 9], 3).unwrap().data(), image.data());
+        assert!(patchify(&image, 4).is_err() && patchify(&image, 0).is_err());
+    }
+
+    /// A perfect prediction has no loss and shows the image, whatever the normalisation.
+    #[test]
+    fn perfect_predictions_show_the_image() {
+        let image = random([2, 3, 6, 6], 2);
+        let close = |a: &Tensor<f64>| a.data().iter().zip(image.data()).all(|(a, b)| (a - b).abs() < 1e-12);
+        for norm_pix in [false, true] {
+            let loss = MaskedPixelLoss { patch: 2, norm_pix };
+            let pred = loss.targets(&image).unwrap().0;
+            assert_eq!(loss.forward(&pred, &image, &[true; 9]).unwrap().0, 0.0);
+            assert!(close(&loss.picture(&pred, &image).unwrap()));
+        }
+        for norm_target in [0, 3, 47] {
+            let loss = MaskedL1Loss::new(2, norm_target).unwrap();
+            let pred = loss.target(&image).unwrap();
+            assert_eq!(loss.forward(&pred, &image, &[true; 18]).unwrap().0, 0.0);
+            assert!(close(&loss.picture(&pred, &image).unwrap()));
+        }
+        assert!(MaskedL1Loss::new(2, 4).is_err() && MaskedL1Loss::new(2, 1).is_err());
+    }
+
+    /// Only masked patches count; a mask of one image serves all.
+    #[test]
+    fn only_masked_patches_count() {
+        let image = Tensor::<f64>::from_fn([2, 1, 4, 4], |i| i as f64);
+        let loss = MaskedPixelLoss { patch: 2, norm_pix: false };
+        let mut pred = loss.targets(&image).unwrap().0;
+        pred.data_mut()[..4].iter_mut().for_each(|x| *x += 2.0);
+        let of = |hidden: &[bool]| loss.forward(&pred, &image, hidden).map(|(loss, _)| loss);
+        assert_eq!(of(&[true, false, false, true]).unwrap(), 1.0);
+        assert_eq!(of(&[true, false, false, false, false, false, false, false]).unwrap(), 4.0);
+        assert_eq!(of(&[false, true, true, true]).unwrap(), 0.0);
+        assert!(of(&[false; 4]).is_err() && of(&[true; 3]).is_err());
+    }
+
+    /// Sums over clipped windows against their definition.
+    #[test]
+    fn box_sums_are_sums_over_windows() {
+        let (h, w) = (5, 7);
+        let x = random([1, 1, h, w], 4);
+        for k in [3, 5, 9, 31] {
+            let sums = box_sums(x.data(), [h, w], k);
+            for (j, sum) in sums.iter().enumerate() {
+                let near = |i: &usize| (i / w).abs_diff(j / w) <= k / 2 && (i % w).abs_diff(j % w) <= k / 2;
+                let want: f64 = (0..h * w).filter(near).map(|i| x.data()[i]).sum();
+                assert!((sum - want).abs() < 1e-12);
+            }
+        }
+    }
+
+    /// Flat surroundings have no deviation: finite targets of 0, finite gradients.
+    #[test]
+    fn flat_images_are_no_accident() {
+        let image = Tensor::<f64>::from_fn([1, 3, 8, 8], |_| 0.7);
+        let loss = MaskedL1Loss::new(2, 3).unwrap();
+        let pred = random([1, 3, 8, 8], 5);
+        let (value, saved) = loss.forward(&pred, &image, &[true; 16]).unwrap();
+        let d_image = loss.backward_image(&image, &loss.backward(&saved, &pred, 1.0).unwrap()).unwrap();
+        assert!(value.is_finite() && d_image.data().iter().all(|x| x.is_finite()));
+        assert!(loss.target(&image).unwrap().data().iter().all(|x| x.abs() < 1e-12));
+    }
 }

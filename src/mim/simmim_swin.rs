@@ -19,6 +19,7 @@ pub struct SimMimSwin {
 pub struct Saved<T: Float> {
     embed: patch_embed::Saved<T>,
     encoder: EncoderSaved<T>,
+    hidden: Option<Vec<bool>>,
 }
 
 impl SimMimSwin {
@@ -35,16 +36,19 @@ impl SimMimSwin {
     }
 
     /// The width of the output.
-    pub fn width(&self) -> usize {
+    pub fn features(&self) -> usize {
         self.encoder.width()
     }
 
-    /// Tokens `[B, N, F]` of the last stage; `hidden` names masked tokens of the first, `[B, H/P, W/P]`.
-    pub fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>, hidden: &[bool]) -> Result<(Tensor<T>, Saved<T>)> {
+    /// Tokens `[B, N, F]` of the last stage; `hidden` names masked tokens of the first, `[B, H/P, W/P]`; without it whole
+    /// images are encoded.
+    pub fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>, hidden: Option<&[bool]>) -> Result<(Tensor<T>, Saved<T>)> {
         let (mut x, embed) = self.encoder.embed(p, image, None)?;
-        mix_token(p, self.mask_token, &mut x, hidden)?;
+        if let Some(hidden) = hidden {
+            mix_token(p, self.mask_token, &mut x, hidden)?;
+        }
         let (y, encoder) = self.encoder.forward(p, x, &self.plan, None)?;
-        Ok((y, Saved { embed, encoder }))
+        Ok((y, Saved { embed, encoder, hidden: hidden.map(<[bool]>::to_vec) }))
     }
 
     /// Adds the gradients of the parameters; returns the image's, if it is wanted.
@@ -53,12 +57,13 @@ impl SimMimSwin {
         p: &Params<T>,
         g: &mut Params<T>,
         saved: Saved<T>,
-        hidden: &[bool],
         dy: &Tensor<T>,
         want_image: bool,
     ) -> Result<Option<Tensor<T>>> {
         let mut dx = self.encoder.backward(p, g, saved.encoder, &self.plan, None, dy)?;
-        mix_token_backward(g, self.mask_token, &mut dx, hidden)?;
+        if let Some(hidden) = &saved.hidden {
+            mix_token_backward(g, self.mask_token, &mut dx, hidden)?;
+        }
         if want_image {
             return Ok(Some(self.encoder.patch_embed().backward(p, g, &saved.embed, &dx, None)?));
         }

@@ -3,4 +3,5 @@
 pub mod green_swin;
 pub mod swin;
 pub mod swin_ops;
+pub mod vit;
 pub mod vit_block;

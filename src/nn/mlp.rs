@@ -19,9 +19,14 @@ pub struct Saved<T: Float> {
 
 impl Mlp {
     /// Registers `fc1` and `fc2`.
-    pub fn new(mut names: Names, dim: usize, hidden: usize, init: fn(usize, usize) -> Init) -> Self {
-        let fc1 = Linear::new(names.at("fc1"), dim, hidden, true, init(dim, hidden));
-        let fc2 = Linear::new(names.at("fc2"), hidden, dim, true, init(hidden, dim));
+    pub fn new(names: Names, dim: usize, hidden: usize, init: fn(usize, usize) -> Init) -> Self {
+        Self::with_inits(names, dim, hidden, [init(dim, hidden), init(hidden, dim)])
+    }
+
+    /// Registers `fc1` and `fc2` with an initialisation for each.
+    pub fn with_inits(mut names: Names, dim: usize, hidden: usize, [first, second]: [Init; 2]) -> Self {
+        let fc1 = Linear::new(names.at("fc1"), dim, hidden, true, first);
+        let fc2 = Linear::new(names.at("fc2"), hidden, dim, true, second);
         Mlp { fc1, fc2 }
     }
 

@@ -1,0 +1,554 @@
+//! `model.vit`: the plain Vision Transformer (arXiv 2010.11929); `model.vit_distilled`: DeiT with a distillation token (2012.12877).
+//!
+//! `X₀ = [cls; patches(image) W + b] + pos_embed`, pre-norm blocks over all tokens, then `norm` on every token and a pool (class
+//! token, or mean over the patch tokens), or the pool and `fc_norm` (MAE's fine-tuning head), then a linear head.
+//!
+//! MAE's encoder is the same [`Encoder`] with fixed positions, run on the visible patches only: positions are added first.
+//!
+//! Backward: heads, pool and norms as linear maps and LayerNorms; `dpos_embed = Σ_batch dX₀`, `dcls = Σ_batch dX₀[0]`.
+
+use rayon::prelude::*;
+
+use super::vit_block::{self, Block, BlockSettings, vit_block_settings};
+use crate::attention::softmax::Settings;
+use crate::case::{Config, Draw, Operation, Run};
+use crate::error::{Error, Result};
+use crate::kernel::attention::Groups;
+use crate::kernel::{elementwise, reduce, rows};
+use crate::nn::{Init, LayerNorm, Layout, Linear, Names, Param, Params, PatchEmbed, Stats, patch_embed};
+use crate::tensor::random::Rng;
+use crate::tensor::{Float, Tensor};
+
+/// Pre-norm blocks over all tokens and, where there is one, the norm after them.
+#[derive(Clone, Debug)]
+pub struct Trunk {
+    blocks: Vec<Block>,
+    norm: Option<LayerNorm>,
+}
+
+/// What [`Trunk::backward`] needs.
+pub struct TrunkSaved<T: Float> {
+    groups: Groups,
+    blocks: Vec<vit_block::Saved<T>>,
+    last: Option<(Tensor<T>, Stats<T>)>,
+}
+
+impl Trunk {
+    /// Registers `{prefix}blocks.{i}` and, if asked for, `{prefix}norm`.
+    pub fn new(names: &mut Names, prefix: &str, depth: usize, settings: BlockSettings, norm: bool) -> Result<Self> {
+        let blocks = (0..depth).map(|i| Block::new(&mut names.at(format!("{prefix}blocks.{i}")), settings)).collect::<Result<_>>()?;
+        let norm = norm.then(|| LayerNorm::new(names.at(format!("{prefix}norm")), settings.attention.dim, settings.norm_eps));
+        Ok(Trunk { blocks, norm })
+    }
+
+    fn run<T: Float>(
+        &self,
+        p: &Params<T>,
+        mut x: Tensor<T>,
+        groups: &Groups,
+        mut keep: impl FnMut(vit_block::Saved<T>),
+    ) -> Result<Tensor<T>> {
+        for block in &self.blocks {
+            let (y, saved) = block.forward(p, x, groups, None)?;
+            keep(saved);
+            x = y;
+        }
+        Ok(x)
+    }
+
+    /// The tokens `[B, N, C]` after all blocks and the norm.
+    pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>) -> Result<(Tensor<T>, TrunkSaved<T>)> {
+        let [_, tokens, _] = x.dims("tokens")?;
+        let groups = Groups::all(tokens, tokens);
+        let mut blocks = Vec::with_capacity(self.blocks.len());
+        let x = self.run(p, x, &groups, |saved| blocks.push(saved))?;
+        match &self.norm {
+            None => Ok((x, TrunkSaved { groups, blocks, last: None })),
+            Some(norm) => {
+                let (y, stats) = norm.forward(p, &x)?;
+                Ok((y, TrunkSaved { groups, blocks, last: Some((x, stats)) }))
+            }
+        }
+    }
+
+    /// [`forward`](Self::forward) without keeping anything for a backward pass.
+    pub fn infer<T: Float>(&self, p: &Params<T>, x: Tensor<T>) -> Result<Tensor<T>> {
+        let [_, tokens, _] = x.dims("tokens")?;
+        let x = self.run(p, x, &Groups::all(tokens, tokens), drop)?;
+        self.norm.as_ref().map_or(Ok(x.clone()), |norm| Ok(norm.forward(p, &x)?.0))
+    }
+
+    /// The gradient of the tokens that went in.
+    pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: TrunkSaved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
+        let TrunkSaved { groups, blocks, last } = saved;
+        let mut d = match (&self.norm, last) {
+            (Some(norm), Some((x, stats))) => norm.backward(p, g, &x, &stats, dy, None)?,
+            _ => dy.clone(),
+        };
+        for (block, saved) in self.blocks.iter().zip(blocks).rev() {
+            d = block.backward(p, g, saved, &groups, None, &d)?;
+        }
+        Ok(d)
+    }
+}
+
+/// What an [`Encoder`] is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct EncoderSettings {
+    /// Rows and columns of the images, in pixels.
+    pub image: [usize; 2],
+    /// Side of a patch.
+    pub patch: usize,
+    /// Channels of the images.
+    pub chans: usize,
+    /// The number of blocks.
+    pub depth: usize,
+    /// The blocks.
+    pub block: BlockSettings,
+    /// Names of the learned tokens in front of the patches.
+    pub tokens: &'static [&'static str],
+    /// `pos_embed` is MAE's fixed sine-cosine table (a buffer) instead of learned.
+    pub fixed_positions: bool,
+    /// A norm follows the blocks.
+    pub norm: bool,
+    /// Initialisation of the patch embedding.
+    pub patch_init: Init,
+}
+
+/// Patches, learned tokens, positions, blocks, norm.
+#[derive(Clone, Debug)]
+pub struct Encoder {
+    embed: PatchEmbed,
+    tokens: Vec<Param>,
+    positions: Param,
+    fixed_positions: bool,
+    trunk: Trunk,
+    dim: usize,
+}
+
+/// What [`Encoder::backward`] needs.
+pub struct EncoderSaved<T: Float> {
+    embed: patch_embed::Saved<T>,
+    keep: Option<Vec<u32>>,
+    trunk: TrunkSaved<T>,
+}
+
+impl Encoder {
+    /// Registers the tokens, `pos_embed`, `patch_embed`, `blocks` and `norm`.
+    pub fn new(names: &mut Names, settings: EncoderSettings) -> Result<Self> {
+        let EncoderSettings { image, patch, chans, depth, block, tokens, fixed_positions, norm, patch_init } = settings;
+        let dim = block.attention.dim;
+        if dim == 0 {
+            return Err(Error::config("embed_dim", "expected a positive width, found 0"));
+        }
+        let embed = PatchEmbed::new(names.at("patch_embed"), image, patch, chans, dim, None, patch_init)?;
+        let [rows, cols] = embed.grid();
+        let prefix = tokens.len();
+        let tokens = tokens.iter().map(|name| names.param(name, [1, 1, dim], Init::NORMAL_02)).collect();
+        let shape = [1, prefix + rows * cols, dim];
+        let positions = if fixed_positions {
+            if rows != cols {
+                return Err(Error::config("img_size", format!("expected a square for sine-cosine positions, found {image:?}")));
+            }
+            names.buffer("pos_embed", shape, Init::sincos2d(dim, rows, prefix)?)
+        } else {
+            names.param("pos_embed", shape, Init::NORMAL_02)
+        };
+        let trunk = Trunk::new(names, "", depth, block, norm)?;
+        Ok(Encoder { embed, tokens, positions, fixed_positions, trunk, dim })
+    }
+
+    /// Rows and columns of patches.
+    pub fn grid(&self) -> [usize; 2] {
+        self.embed.grid()
+    }
+
+    /// The number of tokens in front of the patches.
+    pub fn prefix(&self) -> usize {
+        self.tokens.len()
+    }
+
+    fn positions<'a, T: Float>(&self, p: &'a Params<T>) -> &'a [T] {
+        if self.fixed_positions { p.buffer(self.positions) } else { p.get(self.positions) }
+    }
+
+    /// `X₀`: tokens and (kept) patches with their positions.
+    fn embed<T: Float>(&self, p: &Params<T>, image: &Tensor<T>, keep: Option<&[u32]>) -> Result<(Tensor<T>, patch_embed::Saved<T>)> {
+        let (mut x, saved) = self.embed.forward(p, image, None)?;
+        let [b, n, c] = x.dims("patches")?;
+        let (front, rest) = self.positions(p).split_at(self.prefix() * c);
+        rows::add_table(x.data_mut(), rest);
+        let mut head = Tensor::new([self.prefix(), c], front)?;
+        for (row, &token) in head.data_mut().chunks_exact_mut(c).zip(&self.tokens) {
+            elementwise::add(row, p.get(token));
+        }
+        let kept = match keep {
+            Some(keep) if b > 0 => keep.len() / b,
+            _ => n,
+        };
+        let mut out = Tensor::scratch([b, self.prefix() + kept, c]);
+        out.data_mut().par_chunks_mut(((self.prefix() + kept) * c).max(1)).zip(x.data().par_chunks(n * c)).enumerate().for_each(
+            |(i, (out, x))| {
+                let (first, rest) = out.split_at_mut(self.prefix() * c);
+                first.copy_from_slice(head.data());
+                match keep {
+                    None => rest.copy_from_slice(x),
+                    Some(keep) => rows::gather(rest, x, &keep[i * kept..(i + 1) * kept], c),
+                }
+            },
+        );
+        Ok((out, saved))
+    }
+
+    /// The tokens after the norm: `[B, tokens + N, C]`. With `keep` (K patch indices per image, `B·K` in all), only those patches,
+    /// in that order.
+    pub fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>, keep: Option<&[u32]>) -> Result<(Tensor<T>, EncoderSaved<T>)> {
+        let (x, embed) = self.embed(p, image, keep)?;
+        let (y, trunk) = self.trunk.forward(p, x)?;
+        Ok((y, EncoderSaved { embed, keep: keep.map(<[u32]>::to_vec), trunk }))
+    }
+
+    /// [`forward`](Self::forward) of whole images without keeping anything for a backward pass.
+    pub fn infer<T: Float>(&self, p: &Params<T>, image: &Tensor<T>) -> Result<Tensor<T>> {
+        let x = self.embed(p, image, None)?.0;
+        self.trunk.infer(p, x)
+    }
+
+    /// Adds the gradients of the parameters; the gradient of the image if `want_image`.
+    pub fn backward<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        saved: EncoderSaved<T>,
+        dy: &Tensor<T>,
+        want_image: bool,
+    ) -> Result<Option<Tensor<T>>> {
+        let EncoderSaved { embed, keep, trunk } = saved;
+        let dx = self.trunk.backward(p, g, trunk, dy)?;
+        let [b, all, c] = dx.dims("gradient of the tokens")?;
+        let (prefix, [rows, cols]) = (self.prefix(), self.grid());
+        let (n, kept) = (rows * cols, all - prefix);
+        let mut d_patches = Tensor::zeros([b, n, c]);
+        d_patches.data_mut().par_chunks_mut(n * c).zip(dx.data().par_chunks((all * c).max(1))).enumerate().for_each(|(i, (out, dx))| {
+            let dx = &dx[prefix * c..];
+            match &keep {
+                None => out.copy_from_slice(dx),
+                Some(keep) => rows::scatter(out, dx, &keep[i * kept..(i + 1) * kept], c),
+            }
+        });
+        // The tokens and their positions are added: they share one gradient.
+        let mut front = Tensor::zeros([prefix, c]);
+        for dx in dx.data().chunks_exact((all * c).max(1)) {
+            elementwise::add(front.data_mut(), &dx[..prefix * c]);
+        }
+        for (row, &token) in front.data().chunks_exact(c).zip(&self.tokens) {
+            elementwise::add(g.get_mut(token), row);
+        }
+        if !self.fixed_positions {
+            let (d_front, d_rest) = g.get_mut(self.positions).split_at_mut(prefix * c);
+            elementwise::add(d_front, front.data());
+            reduce::add_column_sums(d_rest, d_patches.data());
+        }
+        if want_image {
+            Ok(Some(self.embed.backward(p, g, &embed, &d_patches, None)?))
+        } else {
+            self.embed.backward_params(p, g, &embed, &d_patches)?;
+            Ok(None)
+        }
+    }
+
+    /// The mean of the patch tokens of [`forward`](Self::forward)'s output: `[B, C]`.
+    pub fn mean<T: Float>(&self, tokens: &Tensor<T>) -> Result<Tensor<T>> {
+        let [b, n, c] = tokens.dims("tokens")?;
+        let mut mean = Tensor::zeros([b, c]);
+        let share = T::ONE / T::of(n - self.prefix());
+        for (mean, x) in mean.data_mut().chunks_exact_mut(c).zip(tokens.data().chunks_exact(n * c)) {
+            reduce::add_column_sums(mean, &x[self.prefix() * c..]);
+            mean.iter_mut().for_each(|x| *x = *x * share);
+        }
+        Ok(mean)
+    }
+}
+
+/// How a ViT makes one vector of its tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pool {
+    /// The class token.
+    Token,
+    /// The mean over the patch tokens; the class token takes no part.
+    Avg,
+}
+
+/// A Vision Transformer with a class head.
+#[derive(Clone, Debug)]
+pub struct Vit {
+    encoder: Encoder,
+    pool: Pool,
+    fc_norm: Option<LayerNorm>,
+    head: Option<Linear>,
+}
+
+/// What [`Vit::backward`] needs.
+pub struct Saved<T: Float> {
+    encoder: EncoderSaved<T>,
+    tokens: usize,
+    pooled: Tensor<T>,
+    normed: Option<(Tensor<T>, Stats<T>)>,
+}
+
+impl Vit {
+    /// Registers the encoder, `fc_norm` and `head` from the keys of `model.vit`.
+    pub fn new(names: &mut Names, config: &Config) -> Result<Self> {
+        let class_token = config.bool_or("class_token", true)?;
+        let pool = if config.choice("global_pool", &["token", "avg"])? == "token" { Pool::Token } else { Pool::Avg };
+        if pool == Pool::Token && !class_token {
+            return Err(Error::config("global_pool", "expected \"avg\" without a class token, found \"token\""));
+        }
+        let fc_norm = config.bool_or("fc_norm", false)?;
+        let tokens: &[&str] = if class_token { &["cls_token"] } else { &[] };
+        let settings = vit_settings(config, config.positive("in_chans")?, tokens, !fc_norm)?;
+        let encoder = Encoder::new(names, settings)?;
+        let dim = encoder.dim;
+        let fc_norm = fc_norm.then(|| LayerNorm::new(names.at("fc_norm"), dim, settings.block.norm_eps));
+        let classes = config.usize("num_classes")?;
+        let head = (classes > 0).then(|| Linear::new(names.at("head"), dim, classes, true, Init::NORMAL_02));
+        Ok(Vit { encoder, pool, fc_norm, head })
+    }
+
+    /// Logits `[B, classes]`, or the pooled feature `[B, C]` without a head, of `[B, in, H, W]`.
+    pub fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>) -> Result<(Tensor<T>, Saved<T>)> {
+        let (x, encoder) = self.encoder.forward(p, image, None)?;
+        let [_, tokens, _] = x.dims("tokens")?;
+        let pooled = match self.pool {
+            Pool::Token => token_row(&x, 0)?,
+            Pool::Avg => self.encoder.mean(&x)?,
+        };
+        let (pooled, normed) = match &self.fc_norm {
+            None => (pooled, None),
+            Some(norm) => {
+                let (y, stats) = norm.forward(p, &pooled)?;
+                (y, Some((pooled, stats)))
+            }
+        };
+        let logits = self.head.as_ref().map_or(Ok(pooled.clone()), |head| head.forward(p, &pooled))?;
+        Ok((logits, Saved { encoder, tokens, pooled, normed }))
+    }
+
+    /// Adds the gradients of the parameters; the gradient of the image if `want_image`.
+    pub fn backward<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        saved: Saved<T>,
+        dy: &Tensor<T>,
+        want_image: bool,
+    ) -> Result<Option<Tensor<T>>> {
+        let Saved { encoder, tokens, pooled, normed } = saved;
+        let mut d = self.head.as_ref().map_or(Ok(dy.clone()), |head| head.backward(p, g, &pooled, dy))?;
+        if let (Some(norm), Some((x, stats))) = (&self.fc_norm, &normed) {
+            d = norm.backward(p, g, x, stats, &d, None)?;
+        }
+        let [b, c] = d.dims("gradient of the pooled feature")?;
+        let mut d_tokens = Tensor::zeros([b, tokens, c]);
+        let prefix = self.encoder.prefix();
+        for (out, d) in d_tokens.data_mut().chunks_exact_mut(tokens * c).zip(d.data().chunks_exact(c)) {
+            match self.pool {
+                Pool::Token => out[..c].copy_from_slice(d),
+                Pool::Avg => {
+                    let share = T::ONE / T::of(tokens - prefix);
+                    out[prefix * c..].chunks_exact_mut(c).for_each(|row| elementwise::scale(row, d, share));
+                }
+            }
+        }
+        self.encoder.backward(p, g, encoder, &d_tokens, want_image)
+    }
+}
+
+/// DeiT with a distillation token and a head for each token.
+#[derive(Clone, Debug)]
+pub struct DistilledVit {
+    encoder: Encoder,
+    heads: [Linear; 2],
+}
+
+/// What [`DistilledVit::backward`] needs.
+pub struct DistilledSaved<T: Float> {
+    encoder: EncoderSaved<T>,
+    tokens: usize,
+    rows: [Tensor<T>; 2],
+}
+
+impl DistilledVit {
+    /// Registers the encoder, `head` and `head_dist` from the keys of `model.vit_distilled`.
+    pub fn new(names: &mut Names, config: &Config) -> Result<Self> {
+        let encoder = Encoder::new(names, vit_settings(config, 3, &["cls_token", "dist_token"], true)?)?;
+        let classes = config.positive("num_classes")?;
+        let mut head = |name| Linear::new(names.at(name), encoder.dim, classes, true, Init::NORMAL_02);
+        let heads = [head("head"), head("head_dist")];
+        Ok(DistilledVit { encoder, heads })
+    }
+
+    /// The logits of both heads, `[B, classes]` each. In use their mean is the prediction.
+    pub fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>) -> Result<([Tensor<T>; 2], DistilledSaved<T>)> {
+        let (x, encoder) = self.encoder.forward(p, image, None)?;
+        let [_, tokens, _] = x.dims("tokens")?;
+        let rows = [token_row(&x, 0)?, token_row(&x, 1)?];
+        let logits = [self.heads[0].forward(p, &rows[0])?, self.heads[1].forward(p, &rows[1])?];
+        Ok((logits, DistilledSaved { encoder, tokens, rows }))
+    }
+
+    /// Adds the gradients of the parameters; the gradient of the image if `want_image`.
+    pub fn backward<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        saved: DistilledSaved<T>,
+        dy: [&Tensor<T>; 2],
+        want_image: bool,
+    ) -> Result<Option<Tensor<T>>> {
+        let DistilledSaved { encoder, tokens, rows } = saved;
+        let c = self.encoder.dim;
+        let mut d_tokens = Tensor::zeros([rows[0].shape()[0], tokens, c]);
+        for (i, head) in self.heads.iter().enumerate() {
+            let d = head.backward(p, g, &rows[i], dy[i])?;
+            for (out, d) in d_tokens.data_mut().chunks_exact_mut(tokens * c).zip(d.data().chunks_exact(c)) {
+                out[i * c..(i + 1) * c].copy_from_slice(d);
+            }
+        }
+        self.encoder.backward(p, g, encoder, &d_tokens, want_image)
+    }
+}
+
+/// Token `i` of every image: `[B, C]`.
+fn token_row<T: Float>(x: &Tensor<T>, i: usize) -> Result<Tensor<T>> {
+    let [b, n, c] = x.dims("tokens")?;
+    let mut out = Tensor::scratch([b, c]);
+    for (out, x) in out.data_mut().chunks_exact_mut(c).zip(x.data().chunks_exact(n * c)) {
+        out.copy_from_slice(&x[i * c..(i + 1) * c]);
+    }
+    Ok(out)
+}
+
+fn vit_settings(config: &Config, chans: usize, tokens: &'static [&'static str], norm: bool) -> Result<EncoderSettings> {
+    let patch = config.positive("patch_size")?;
+    Ok(EncoderSettings {
+        image: config.pair("img_size")?,
+        patch,
+        chans,
+        depth: config.usize("depth")?,
+        block: vit_block_settings(config, "embed_dim", "num_heads", "mlp_ratio")?,
+        tokens,
+        fixed_positions: false,
+        norm,
+        patch_init: Init::FanIn(chans * patch * patch),
+    })
+}
+
+/// The settings of MAE's blocks: Xavier-uniform weights, biases, no layer scale.
+pub fn mae_block_settings(dim: usize, heads: usize, mlp_ratio: f64, norm_eps: f64) -> BlockSettings {
+    BlockSettings { attention: Settings::new(dim, heads), mlp_ratio, norm_eps, layer_scale: None, init: crate::nn::xavier }
+}
+
+/// Random sizes that both operations share.
+fn sample_sizes(rng: &mut Rng) -> Config {
+    let (heads, width, patch) = (rng.between(1, 3), rng.between(2, 5), rng.between(1, 4));
+    let mut config = Config::default();
+    config.set("img_size", vec![patch * rng.between(1, 3), patch * rng.between(1, 3)]).set("patch_size", patch);
+    config.set("embed_dim", heads * width).set("depth", rng.between(0, 2)).set("num_heads", heads).set("mlp_ratio", rng.range(0.5, 3.0));
+    config.set("qkv_bias", rng.chance(0.7)).set("norm_eps", 1e-6);
+    config
+}
+
+/// `model.vit`.
+pub struct ModelVit;
+
+impl Operation for ModelVit {
+    const NAME: &'static str = "model.vit";
+    const PAPER: &'static str = "2010.11929 ViT";
+
+    fn sample(rng: &mut Rng) -> Config {
+        let mut config = sample_sizes(rng);
+        let class_token = rng.chance(0.7);
+        let pool = if class_token && rng.chance(0.5) { "token" } else { "avg" };
+        config
+            .set("in_chans", rng.between(1, 4))
+            .set("num_classes", rng.below(4))
+            .set("qk_norm", rng.chance(0.3))
+            .set("layer_scale", rng.chance(0.3));
+        config.set("class_token", class_token).set("global_pool", pool).set("fc_norm", rng.chance(0.5));
+        config
+    }
+
+    fn inputs(config: &Config, draw: &mut Draw) -> Result<()> {
+        let ([h, w], batch) = (config.pair("img_size")?, draw.size("batch", 1, 3));
+        draw.normal("image", [batch, config.positive("in_chans")?, h, w]);
+        Ok(())
+    }
+
+    fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
+        let (model, layout) = Layout::build(|names| Vit::new(names, run.config()))?;
+        let p = run.params(&layout)?;
+        let (logits, saved) = model.forward(&p, &run.input("image")?)?;
+        run.output("logits", &logits);
+        if run.backward() {
+            let mut g = run.zero_grads(&p);
+            if let Some(d_image) = model.backward(&p, &mut g, saved, &run.cotangent("logits", logits.shape())?, true)? {
+                run.grad_input("image", &d_image);
+            }
+            run.grad_params(&g);
+        }
+        Ok(())
+    }
+}
+
+/// `model.vit_distilled`.
+pub struct ModelVitDistilled;
+
+impl Operation for ModelVitDistilled {
+    const NAME: &'static str = "model.vit_distilled";
+    const PAPER: &'static str = "2012.12877 DeiT";
+
+    fn sample(rng: &mut Rng) -> Config {
+        let mut config = sample_sizes(rng);
+        config.set("num_classes", rng.between(1, 4)).set("training", rng.chance(0.5));
+        config
+    }
+
+    fn inputs(config: &Config, draw: &mut Draw) -> Result<()> {
+        let ([h, w], batch) = (config.pair("img_size")?, draw.size("batch", 1, 3));
+        draw.normal("image", [batch, 3, h, w]);
+        Ok(())
+    }
+
+    fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
+        let training = run.config().bool("training")?;
+        let (model, layout) = Layout::build(|names| DistilledVit::new(names, run.config()))?;
+        let p = run.params(&layout)?;
+        let ([class, dist], saved) = model.forward(&p, &run.input("image")?)?;
+        let half = T::from_f64(0.5);
+        if training {
+            run.output("logits", &class);
+            run.output("logits_dist", &dist);
+        } else {
+            let mut mean = Tensor::zeros(class.shape());
+            elementwise::add_scaled(mean.data_mut(), class.data(), half);
+            elementwise::add_scaled(mean.data_mut(), dist.data(), half);
+            run.output("logits", &mean);
+        }
+        if run.backward() {
+            let mut g = run.zero_grads(&p);
+            let mut d_class = run.cotangent("logits", class.shape())?;
+            let d_dist = if training {
+                run.cotangent("logits_dist", dist.shape())?
+            } else {
+                d_class.data_mut().iter_mut().for_each(|x| *x = *x * half);
+                d_class.clone()
+            };
+            if let Some(d_image) = model.backward(&p, &mut g, saved, [&d_class, &d_dist], true)? {
+                run.grad_input("image", &d_image);
+            }
+            run.grad_params(&g);
+        }
+        Ok(())
+    }
+}
