@@ -3,10 +3,20 @@
 use super::op::Op;
 use crate::attention::softmax::SoftmaxAttention;
 use crate::error::{Error, Result};
+use crate::grouping::ops::{GroupKnapsack, GroupOptimal, GroupPlan, GroupSweep, GroupWindows};
 use crate::model::vit_block::VitBlock;
 use crate::nn::positions::PosEmbedSinCos2d;
 
-static OPERATIONS: &[Op] = &[Op::of::<SoftmaxAttention>(), Op::of::<VitBlock>(), Op::of::<PosEmbedSinCos2d>()];
+static OPERATIONS: &[Op] = &[
+    Op::of::<SoftmaxAttention>(),
+    Op::of::<VitBlock>(),
+    Op::of::<PosEmbedSinCos2d>(),
+    Op::of::<GroupKnapsack>(),
+    Op::of::<GroupWindows>(),
+    Op::of::<GroupOptimal>(),
+    Op::of::<GroupSweep>(),
+    Op::of::<GroupPlan>(),
+];
 
 /// All operations, in order of the sheets.
 pub fn operations() -> &'static [Op] {
