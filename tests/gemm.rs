@@ -199,6 +199,18 @@ fn packed_small_products_are_exact() {
     }
 }
 
+/// A product keeps the back end that it began with.
+#[test]
+fn forcing_a_back_end_meanwhile_is_harmless() {
+    let _turn = turn();
+    std::thread::scope(|scope| {
+        let products = scope.spawn(|| (0..300).for_each(|i| exact::<f32>(20 + i % 50, 11, 30 + i % 70, i % 75)));
+        while !products.is_finished() {
+            Isa::ALL.into_iter().filter(|isa| isa.available()).for_each(|isa| simd::force(isa).unwrap());
+        }
+    });
+}
+
 // ---- epilogues --------------------------------------------------------------------------------------------------------------
 
 /// `x Φ(x)` and its derivative.
