@@ -1,0 +1,3 @@
+//! The few pictures that karat draws, as plain SVG.
+
+pub mod grouping;
