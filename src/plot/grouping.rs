@@ -26,6 +26,8 @@ const TOP: f64 = 40.0;
 const SIDE: f64 = 616.0;
 const LEGEND_ROW: f64 = 22.0;
 const LEGEND_COLUMN: f64 = 168.0;
+/// Columns of the legend at most; further groups are only counted.
+const LEGEND_COLUMNS: usize = 4;
 const HIDDEN: &str = "#d9d9d9";
 
 /// Colour of group `i`: hues a golden angle apart never come close for neighbours; three lightnesses separate the rest.
@@ -39,7 +41,7 @@ impl Picture<'_> {
     pub fn svg(&self) -> String {
         let cell = SIDE / self.grid.max(1) as f64;
         let per_column = ((SIDE / LEGEND_ROW) as usize - 2).max(1);
-        let columns = self.grouping.num_groups().div_ceil(per_column).max(1);
+        let columns = self.grouping.num_groups().div_ceil(per_column).clamp(1, LEGEND_COLUMNS);
         let (width, height) = (LEFT * 3.0 + SIDE + columns as f64 * LEGEND_COLUMN, TOP + SIDE + LEFT);
         let mut svg = String::new();
         // Writing to a string cannot fail.
@@ -114,7 +116,10 @@ impl Picture<'_> {
     /// The number of its group in the middle of each window's tokens.
     fn labels(&self, svg: &mut String, cell: f64) {
         let size = (cell * self.window.0 as f64 * 0.3).clamp(5.0, 16.0);
-        let _ = writeln!(svg, r#"<g font-size="{size:.1}" text-anchor="middle" font-weight="bold">"#);
+        let _ = writeln!(
+            svg,
+            r#"<g font-size="{size:.1}" text-anchor="middle" font-weight="bold" stroke="white" stroke-width="2.4" paint-order="stroke">"#
+        );
         for (window, group) in self.group_of_windows().into_iter().enumerate() {
             let range = self.windows.range(window);
             let middle = |axis: usize| {
@@ -137,7 +142,8 @@ impl Picture<'_> {
             TOP + 12.0
         );
         let _ = writeln!(svg, r#"<text x="{left}" y="{}">group: tokens of {g}</text>"#, TOP + LEGEND_ROW + 14.0);
-        for (i, &tokens) in self.grouping.tokens.iter().enumerate() {
+        let listed = per_column * LEGEND_COLUMNS;
+        for (i, &tokens) in self.grouping.tokens.iter().enumerate().take(listed) {
             let (x, y) = (left + (i / per_column) as f64 * LEGEND_COLUMN, TOP + (i % per_column + 2) as f64 * LEGEND_ROW);
             let full = 70.0 * tokens as f64 / g.max(1) as f64;
             let _ = writeln!(
@@ -152,6 +158,9 @@ impl Picture<'_> {
                 x + 106.0,
                 y + 12.0
             );
+        }
+        if let Some(more) = self.grouping.num_groups().checked_sub(listed + 1) {
+            let _ = writeln!(svg, r#"<text x="{left}" y="{}">and {} more groups</text>"#, TOP + SIDE, more + 1);
         }
         svg.push_str("</g>\n");
     }
