@@ -14,11 +14,19 @@ impl Kernel<f32> for Chains {
 
     #[inline(always)]
     fn run<V: Vector<f32>>(self) -> f32 {
-        // Enough independent chains to hide the latency, few enough for the registers.
-        const CHAINS: usize = 12;
+        // Enough independent chains to hide the latency, few enough for the registers: a vector is one of 32 registers, or two
+        // of 16.
+        if V::TILE.vectors == 2 { self.chains::<V, 12>() } else { self.chains::<V, 6>() }
+    }
+}
+
+impl Chains {
+    /// Runs `12 · rounds` steps in all, on `CHAINS` chains.
+    #[inline(always)]
+    fn chains<V: Vector<f32>, const CHAINS: usize>(self) -> f32 {
         let (a, b) = (V::splat(std::hint::black_box(0.999)), V::splat(std::hint::black_box(1e-3)));
         let mut acc: [V; CHAINS] = std::array::from_fn(|i| V::splat(i as f32));
-        for _ in 0..self.rounds {
+        for _ in 0..self.rounds * 12 / CHAINS {
             for x in &mut acc {
                 *x = x.mul_add(a, b);
             }
