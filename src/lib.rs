@@ -12,6 +12,7 @@
 //! - [`grouping`]: window grouping: knapsack, optimal partition with certificate, plans.
 //! - [`model`]: one file per architecture.
 //! - [`mim`]: masked image modeling: masks, objectives.
+//! - [`plot`]: the few pictures that karat draws.
 //! - [`data`]: built-in images, image folders, IDX, CIFAR, npy; augmentation; batches.
 
 pub mod attention;
@@ -25,6 +26,7 @@ pub mod linalg;
 pub mod mim;
 pub mod model;
 pub mod nn;
+pub mod plot;
 pub mod simd;
 pub mod tensor;
 
