@@ -236,7 +236,7 @@ impl<T: Float> Kernel<T> for RowDots<'_, T> {
 }
 
 /// Forward: `out` `[batch · queries, heads · value_dim]` is written, and `stats` `[batch, heads, queries, 2]` with `(m, 1/Σ)`.
-/// Queries in no group get zeros. A group without keys gives zeros.
+/// A group without keys gives zeros; queries in no group are left as they are.
 #[allow(clippy::too_many_arguments)]
 pub fn forward<T: Float>(
     out: &mut [T],
