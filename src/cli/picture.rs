@@ -97,7 +97,7 @@ pub fn loss_curve(path: &Path, losses: &[(u64, f64)], title: &str) -> Result<()>
     let _ = writeln!(svg, "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\">step</text>", SIZE.0 / 2.0, SIZE.1 - 8.0);
     let window = (points.len() / 50).max(1);
     let smooth: Vec<(f64, f64)> =
-        points.windows(window).map(|w| (w[w.len() - 1].0, w.iter().map(|p| p.1).sum::<f64>() / w.len() as f64)).collect();
+        points.windows(window).map(|w| (w[w.len() / 2].0, w.iter().map(|p| p.1).sum::<f64>() / w.len() as f64)).collect();
     for (line, style) in [(&points, "stroke=\"#9bd\" stroke-width=\"1\""), (&smooth, "stroke=\"#036\" stroke-width=\"2\"")] {
         // A curve needs no more points than the picture has columns.
         let stride = line.len().div_ceil(1440).max(1);

@@ -11,7 +11,9 @@ use super::{Outcome, picture, say};
 use crate::data::{Dataset, Loader, LoaderOptions, Split};
 use crate::fs::write_atomic;
 use crate::mim::{Objective, StepKey, methods};
-use crate::train::{CHECKPOINT, Checkpoint, Length, METRICS, STATE, StepReport, TrainConfig, Trainer, prepare_folder, read_metrics, saved_config};
+use crate::train::{
+    CHECKPOINT, Checkpoint, Length, METRICS, STATE, StepReport, TrainConfig, Trainer, prepare_folder, read_metrics, saved_config,
+};
 use crate::{Error, Result};
 
 /// Pre-train a network by masked image modeling

@@ -6,13 +6,13 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{Outcome, picture, say};
+use crate::Result;
 use crate::data::read_image;
 use crate::mim::{Objective, StepKey, methods};
 use crate::nn::Params;
 use crate::tensor::Tensor;
 use crate::tensor::random::{Purpose, Rng};
 use crate::train::{CHECKPOINT, Checkpoint, saved_config};
-use crate::Result;
 
 /// Draw what a pre-trained network makes of masked images
 ///
