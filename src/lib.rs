@@ -13,6 +13,7 @@
 //! - [`model`]: one file per architecture.
 //! - [`mim`]: masked image modeling: masks, objectives.
 //! - [`train`]: optimizer, schedule, checkpoints, the training loop, linear probes.
+//! - [`plot`]: the few pictures that karat draws.
 //! - [`data`]: built-in images, image folders, IDX, CIFAR, npy; augmentation; batches.
 
 pub mod attention;
@@ -28,6 +29,8 @@ pub mod linalg;
 pub mod mim;
 pub mod model;
 pub mod nn;
+#[cfg(feature = "cli")]
+pub mod plot;
 pub mod simd;
 pub mod tensor;
 pub mod train;

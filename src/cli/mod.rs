@@ -3,6 +3,7 @@
 //! Exit codes: 0 all good, 1 a check failed, 2 bad usage or unreadable input (with one line on standard error).
 
 mod case;
+mod group;
 mod list;
 mod picture;
 mod pretrain;
@@ -44,6 +45,7 @@ enum Command {
     Pretrain(Box<pretrain::Pretrain>),
     Probe(probe::Probe),
     Reconstruct(reconstruct::Reconstruct),
+    Group(group::Group),
 }
 
 /// Runs the program on the arguments of the process.
@@ -91,6 +93,7 @@ impl Cli {
             Command::Pretrain(command) => command.run(out),
             Command::Probe(command) => command.run(out),
             Command::Reconstruct(command) => command.run(out),
+            Command::Group(command) => command.run(out),
         }
     }
 }

@@ -1,137 +1,113 @@
-//! Scaffold for the helper's clone, replaced by the real registry: a linear masked autoencoder on pixels, with exact gradients.
-//!
-//! `z = x + hidden·(token − x)`, `h = z Wᵀ`, `y = h Vᵀ + b`, `loss = Σ hidden (y − x)² / Σ hidden`.
+//! The objectives and the networks they serve, by name.
 
 use std::sync::Arc;
 
-use crate::linalg::{Epilogue, Mat, MatMut, gemm};
-use crate::mim::{Objective, Reconstruction, StepKey};
-use crate::nn::{Init, Layout, Param, Params};
-use crate::tensor::random::{Purpose, Rng};
+use serde_json::json;
+
+use super::greenmim::GreenMim;
+use super::{Objective, Reconstruction, StepKey};
+use crate::case::Config;
+use crate::error::{Error, Result};
+use crate::nn::{Layout, Params};
 use crate::tensor::{Float, Tensor};
-use crate::{Error, Result};
 
-/// Tiny.
-pub struct Tiny {
-    layout: Arc<Layout>,
-    side: usize,
-    channels: usize,
-    width: usize,
-    encoder: Param,
-    token: Param,
-    decoder: Param,
-    bias: Param,
+/// A pre-training method.
+pub struct Method {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// The paper.
+    pub paper: &'static str,
+    /// The names of the networks that it serves.
+    pub models: &'static [&'static str],
 }
 
-impl Tiny {
-    /// New.
-    pub fn new(side: usize, channels: usize, width: usize) -> Result<Self> {
-        let d = side * side * channels;
-        let ((encoder, token, decoder, bias), layout) = Layout::build(|names| {
-            let encoder = names.at("encoder").param("weight", [width, d], Init::FanIn(d));
-            let token = names.param("mask_token", [1, 1, d], Init::NORMAL_02);
-            let decoder = names.at("decoder").param("weight", [d, width], Init::FanIn(width));
-            Ok((encoder, token, decoder, names.at("decoder").param("bias", [d], Init::ZEROS)))
-        })?;
-        Ok(Tiny { layout, side, channels, width, encoder, token, decoder, bias })
-    }
-
-    fn d(&self) -> usize {
-        self.side * self.side * self.channels
-    }
-
-    fn batch<T: Float>(&self, images: &Tensor<T>) -> Result<usize> {
-        let [b, c, h, w] = images.dims("images")?;
-        if [c, h, w] != [self.channels, self.side, self.side] {
-            return Err(Error::shape("images", [b, self.channels, self.side, self.side], images.shape()));
-        }
-        Ok(b)
-    }
-
-    /// 1 where a pixel (all its channels) is hidden: half of them.
-    fn hidden<T: Float>(&self, b: usize, key: StepKey) -> Tensor<T> {
-        let area = self.side * self.side;
-        let mut hidden = Tensor::scratch([b, self.channels, self.side, self.side]);
-        for (i, image) in hidden.data_mut().chunks_exact_mut(self.d()).enumerate() {
-            let mut rng = Rng::new(key.seed, Purpose::Mask, key.step, i as u64);
-            for pixel in 0..area {
-                let value = if rng.chance(0.5) { T::ONE } else { T::ZERO };
-                (0..self.channels).for_each(|c| image[c * area + pixel] = value);
-            }
-        }
-        hidden
-    }
-
-    /// `z`, `h` and `y`.
-    fn forward<T: Float>(&self, params: &Params<T>, images: &Tensor<T>, hidden: &Tensor<T>) -> [Tensor<T>; 3] {
-        let (d, w, b) = (self.d(), self.width, images.shape()[0]);
-        let token = params.get(self.token);
-        let (x, m) = (images.data(), hidden.data());
-        let z = Tensor::from_fn([b, d], |i| x[i] + m[i] * (token[i % d] - x[i]));
-        let mut h = Tensor::scratch([b, w]);
-        gemm(Mat::new(z.data(), b, d), Mat::new(params.get(self.encoder), w, d).t(), MatMut::new(h.data_mut(), b, w), Epilogue::default());
-        let mut y = Tensor::scratch([b, d]);
-        let epilogue = Epilogue { bias: Some(params.get(self.bias)), ..Epilogue::default() };
-        gemm(Mat::new(h.data(), b, w), Mat::new(params.get(self.decoder), d, w).t(), MatMut::new(y.data_mut(), b, d), epilogue);
-        [z, h, y]
-    }
+/// The Swin networks: name, width, depths, heads, patch side, decoder width, depth and heads (GreenMIM).
+struct SwinSize {
+    name: &'static str,
+    embed_dim: usize,
+    depths: &'static [usize],
+    num_heads: &'static [usize],
+    patch_size: usize,
+    decoder: [usize; 3],
 }
 
-impl Objective for Tiny {
+const SWIN: [&str; 6] = ["swin_nano", "swin_micro", "swin_tiny", "swin_small", "swin_base", "swin_large"];
+
+const SWIN_SIZES: [SwinSize; 6] = [
+    SwinSize { name: SWIN[0], embed_dim: 32, depths: &[2, 2], num_heads: &[2, 4], patch_size: 2, decoder: [64, 1, 4] },
+    SwinSize { name: SWIN[1], embed_dim: 48, depths: &[2, 2, 2], num_heads: &[3, 6, 12], patch_size: 2, decoder: [96, 1, 6] },
+    SwinSize { name: SWIN[2], embed_dim: 96, depths: &[2, 2, 6, 2], num_heads: &[3, 6, 12, 24], patch_size: 4, decoder: [512, 1, 16] },
+    SwinSize { name: SWIN[3], embed_dim: 96, depths: &[2, 2, 18, 2], num_heads: &[3, 6, 12, 24], patch_size: 4, decoder: [512, 1, 16] },
+    SwinSize { name: SWIN[4], embed_dim: 128, depths: &[2, 2, 18, 2], num_heads: &[4, 8, 16, 32], patch_size: 4, decoder: [512, 1, 16] },
+    SwinSize { name: SWIN[5], embed_dim: 192, depths: &[2, 2, 18, 2], num_heads: &[6, 12, 24, 48], patch_size: 4, decoder: [512, 1, 16] },
+];
+
+/// All methods.
+pub static METHODS: &[Method] = &[
+    Method { name: "greenmim", paper: "2205.13515 GreenMIM", models: &SWIN },
+    Method { name: "simmim", paper: "2111.09886 SimMIM", models: &SWIN },
+];
+
+/// An objective chosen at run time.
+pub enum AnyObjective {
+    /// GreenMIM with a Swin encoder.
+    GreenMim(Box<GreenMim>),
+}
+
+macro_rules! each {
+    ($any:expr, $objective:ident => $body:expr) => {
+        match $any {
+            AnyObjective::GreenMim($objective) => $body,
+        }
+    };
+}
+
+/// The configuration of `method` on `model` for images of `image_size` pixels, as `mim.*` cases spell it.
+pub fn config(method: &str, model: &str, image_size: usize, mask_ratio: Option<f64>) -> Result<Config> {
+    let found = METHODS.iter().find(|m| m.name == method).ok_or_else(|| Error::unknown("method", method, METHODS.iter().map(|m| m.name)))?;
+    if !found.models.contains(&model) {
+        return Err(Error::unknown("model for this method", model, found.models.iter().copied()));
+    }
+    let size = SWIN_SIZES.iter().find(|s| s.name == model).ok_or_else(|| Error::unknown("model", model, SWIN))?;
+    let cell = size.patch_size << (size.depths.len() - 1);
+    if image_size == 0 || !image_size.is_multiple_of(cell) {
+        return Err(Error::config("image_size", format!("{model} needs a multiple of {cell}, found {image_size}")));
+    }
+    let mut config = Config::default();
+    config.set("img_size", image_size).set("patch_size", size.patch_size).set("in_chans", 3).set("embed_dim", size.embed_dim);
+    config.set("depths", json!(size.depths)).set("num_heads", json!(size.num_heads)).set("window_size", image_size / cell);
+    config.set("mlp_ratio", 4.0).set("qkv_bias", true).set("qk_scale", json!(null)).set("ape", false).set("patch_norm", true);
+    if method == "greenmim" {
+        let [dim, depth, heads] = size.decoder;
+        config.set("decoder_embed_dim", dim).set("decoder_depth", depth).set("decoder_num_heads", heads);
+        config.set("norm_eps", 1e-6).set("mask_ratio", mask_ratio.unwrap_or(0.75)).set("norm_pix_loss", true).set("decoder_order", "row_major");
+    } else {
+        config.set("encoder", "swin").set("encoder_stride", cell).set("norm_target", 0).set("norm_eps", 1e-5);
+        config.set("mask_ratio", mask_ratio.unwrap_or(0.6));
+    }
+    Ok(config)
+}
+
+/// The objective `method` on `model`; `mask_ratio` is the method's own where it is not given.
+pub fn build(method: &str, model: &str, image_size: usize, mask_ratio: Option<f64>) -> Result<AnyObjective> {
+    let config = config(method, model, image_size, mask_ratio)?;
+    Ok(AnyObjective::GreenMim(Box::new(GreenMim::new(&config)?)))
+}
+
+impl Objective for AnyObjective {
     fn layout(&self) -> &Arc<Layout> {
-        &self.layout
+        each!(self, o => o.layout())
     }
-
     fn image_shape(&self) -> (usize, usize) {
-        (self.side, self.channels)
+        each!(self, o => o.image_shape())
     }
-
     fn loss<T: Float>(&self, params: &Params<T>, grads: Option<&mut Params<T>>, images: &Tensor<T>, key: StepKey) -> Result<T> {
-        let (d, w, b) = (self.d(), self.width, self.batch(images)?);
-        let hidden = self.hidden(b, key);
-        let [z, h, mut y] = self.forward(params, images, &hidden);
-        let count = hidden.data().iter().fold(T::ZERO, |sum, &m| sum + m).larger(T::ONE);
-        let mut loss = T::ZERO;
-        for ((y, &x), &m) in y.data_mut().iter_mut().zip(images.data()).zip(hidden.data()) {
-            let e = m * (*y - x);
-            loss += e * e;
-            *y = (e + e) / count;
-        }
-        let Some(grads) = grads else { return Ok(loss / count) };
-        let dy = y;
-        let more = || Epilogue { accumulate: true, ..Epilogue::default() };
-        for row in dy.data().chunks_exact(d) {
-            grads.get_mut(self.bias).iter_mut().zip(row).for_each(|(g, &dy)| *g += dy);
-        }
-        gemm(Mat::new(dy.data(), b, d).t(), Mat::new(h.data(), b, w), MatMut::new(grads.get_mut(self.decoder), d, w), more());
-        let mut dh = Tensor::scratch([b, w]);
-        gemm(Mat::new(dy.data(), b, d), Mat::new(params.get(self.decoder), d, w), MatMut::new(dh.data_mut(), b, w), Epilogue::default());
-        gemm(Mat::new(dh.data(), b, w).t(), Mat::new(z.data(), b, d), MatMut::new(grads.get_mut(self.encoder), w, d), more());
-        let mut dz = Tensor::scratch([b, d]);
-        gemm(Mat::new(dh.data(), b, w), Mat::new(params.get(self.encoder), w, d), MatMut::new(dz.data_mut(), b, d), Epilogue::default());
-        for (row, m) in dz.data().chunks_exact(d).zip(hidden.data().chunks_exact(d)) {
-            grads.get_mut(self.token).iter_mut().zip(row).zip(m).for_each(|((g, &dz), &m)| *g += m * dz);
-        }
-        Ok(loss / count)
+        each!(self, o => o.loss(params, grads, images, key))
     }
-
     fn reconstruct<T: Float>(&self, params: &Params<T>, images: &Tensor<T>, key: StepKey) -> Result<Reconstruction<T>> {
-        let hidden = self.hidden(self.batch(images)?, key);
-        let [_, _, y] = self.forward(params, images, &hidden);
-        Ok(Reconstruction { predicted: y.reshape(images.shape())?, hidden })
+        each!(self, o => o.reconstruct(params, images, key))
     }
-
     fn features<T: Float>(&self, params: &Params<T>, images: &Tensor<T>) -> Result<Tensor<T>> {
-        let b = self.batch(images)?;
-        let [_, h, _] = self.forward(params, images, &Tensor::zeros(images.shape()));
-        h.reshape([b, self.width])
+        each!(self, o => o.features(params, images))
     }
-}
-
-/// The tiny objective behind the signature of the real registry.
-pub type AnyObjective = Tiny;
-
-/// An objective by name.
-pub fn build(_method: &str, _model: &str, image_size: usize, _mask_ratio: Option<f64>) -> Result<AnyObjective> {
-    Tiny::new(image_size, 3, 64)
 }

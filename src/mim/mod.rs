@@ -1,6 +1,10 @@
 //! Masked image modeling: masks, targets, one file per objective.
 
+pub mod greenmim;
+pub mod mask;
 pub mod methods;
+pub mod pixels;
+pub mod simmim_swin;
 
 use std::sync::Arc;
 

@@ -24,6 +24,15 @@ pub enum Init {
     },
     /// Uniform in `±1/√fan_in`: PyTorch's default for linear and convolution weights and their biases.
     FanIn(usize),
+    /// The sine-cosine table of a square grid, see [`sincos2d`](Init::sincos2d).
+    SinCos2d {
+        /// Width of a row.
+        dim: usize,
+        /// Rows and columns of the grid.
+        grid: usize,
+        /// Rows of zeros in front.
+        prefix: usize,
+    },
 }
 
 impl Init {
@@ -33,6 +42,12 @@ impl Init {
     pub const ONES: Init = Init::Constant(1.0);
     /// The usual initialisation of transformer weights.
     pub const NORMAL_02: Init = Init::Normal(0.02);
+
+    /// The fixed table of [`sincos2d`](super::positions::sincos2d) after `prefix` rows of zeros; an error unless 4 divides `dim`.
+    pub fn sincos2d(dim: usize, grid: usize, prefix: usize) -> Result<Init> {
+        super::positions::check_dim(dim)?;
+        Ok(Init::SinCos2d { dim, grid, prefix })
+    }
 }
 
 /// A handle on one parameter (or buffer): where it lies in the flat store, and its shape.
@@ -226,7 +241,7 @@ impl<T: Float> Params<T> {
 }
 
 fn fill<T: Float>(values: &mut [T], init: Init, rng: &mut Rng) {
-    for x in values {
+    for (i, x) in values.iter_mut().enumerate() {
         *x = T::from_f64(match init {
             Init::Constant(c) => c,
             Init::Normal(std) => std * rng.normal(),
@@ -238,6 +253,10 @@ fn fill<T: Float>(values: &mut [T], init: Init, rng: &mut Rng) {
                 let bound = 1.0 / (fan_in as f64).sqrt();
                 rng.range(-bound, bound)
             }
+            Init::SinCos2d { dim, grid, prefix } => match (i / dim).checked_sub(prefix) {
+                None => 0.0,
+                Some(token) => super::positions::sincos2d_at(dim, grid, token, i % dim),
+            },
         });
     }
 }

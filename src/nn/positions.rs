@@ -7,19 +7,30 @@ use crate::error::{Error, Result};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
-/// The table `[g² (+1), D]`, with a row of zeros in front if `class_row`.
-pub fn sincos2d<T: Float>(dim: usize, grid: usize, class_row: bool) -> Result<Tensor<T>> {
+/// An error unless a table of this width exists.
+pub fn check_dim(dim: usize) -> Result<()> {
     if dim == 0 || !dim.is_multiple_of(4) {
         return Err(Error::config("embed_dim", format!("expected a positive multiple of 4, found {dim}")));
     }
-    let (quarter, prefix) = (dim / 4, usize::from(class_row));
-    Ok(Tensor::from_fn([grid * grid + prefix, dim], |i| {
-        let (row, channel) = (i / dim, i % dim);
-        let Some(token) = row.checked_sub(prefix) else { return T::ZERO };
-        let (part, k) = (channel / quarter, channel % quarter);
-        let position = if part < 2 { token % grid } else { token / grid };
-        let angle = position as f64 / libm::pow(10_000.0, k as f64 / quarter as f64);
-        T::from_f64(if part % 2 == 0 { libm::sin(angle) } else { libm::cos(angle) })
+    Ok(())
+}
+
+/// One element of the table: `channel` of the row of `token` (row-major) on a grid of `grid` columns.
+pub fn sincos2d_at(dim: usize, grid: usize, token: usize, channel: usize) -> f64 {
+    let quarter = dim / 4;
+    let (part, k) = (channel / quarter, channel % quarter);
+    let position = if part < 2 { token % grid } else { token / grid };
+    let angle = position as f64 / libm::pow(10_000.0, k as f64 / quarter as f64);
+    if part % 2 == 0 { libm::sin(angle) } else { libm::cos(angle) }
+}
+
+/// The table `[g² (+1), D]`, with a row of zeros in front if `class_row`.
+pub fn sincos2d<T: Float>(dim: usize, grid: usize, class_row: bool) -> Result<Tensor<T>> {
+    check_dim(dim)?;
+    let prefix = usize::from(class_row);
+    Ok(Tensor::from_fn([grid * grid + prefix, dim], |i| match (i / dim).checked_sub(prefix) {
+        None => T::ZERO,
+        Some(token) => T::from_f64(sincos2d_at(dim, grid, token, i % dim)),
     }))
 }
 

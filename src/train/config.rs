@@ -65,7 +65,7 @@ impl Default for TrainConfig {
     fn default() -> Self {
         TrainConfig {
             method: "greenmim".into(),
-            model: "swin-small".into(),
+            model: "swin_micro".into(),
             image_size: 32,
             data: BUILTIN.into(),
             skip_bad: false,
