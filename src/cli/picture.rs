@@ -89,15 +89,18 @@ pub fn loss_curve(path: &Path, losses: &[(u64, f64)], title: &str) -> Result<()>
         let y = low + (high - low) * f64::from(i) / 4.0;
         let (x2, at) = (SIZE.0 - MARGIN.2, py(y));
         let _ = writeln!(svg, "<line x1=\"{}\" y1=\"{at:.1}\" x2=\"{x2}\" y2=\"{at:.1}\" stroke=\"#ddd\"/>", MARGIN.0);
-        let label = libm::pow(10.0, y);
-        let _ = writeln!(svg, "<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{label:.3}</text>", MARGIN.0 - 6.0, at + 4.0);
+        let label = match libm::pow(10.0, y) {
+            small if small < 0.01 => format!("{small:.1e}"),
+            large => format!("{large:.3}"),
+        };
+        let _ = writeln!(svg, "<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{label}</text>", MARGIN.0 - 6.0, at + 4.0);
         let step = last * f64::from(i) / 4.0;
         let _ = writeln!(svg, "<text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{step:.0}</text>", px(step), SIZE.1 - MARGIN.3 + 18.0);
     }
     let _ = writeln!(svg, "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\">step</text>", SIZE.0 / 2.0, SIZE.1 - 8.0);
     let window = (points.len() / 50).max(1);
     let smooth: Vec<(f64, f64)> =
-        points.windows(window).map(|w| (w[w.len() - 1].0, w.iter().map(|p| p.1).sum::<f64>() / w.len() as f64)).collect();
+        points.windows(window).map(|w| (w[w.len() / 2].0, w.iter().map(|p| p.1).sum::<f64>() / w.len() as f64)).collect();
     for (line, style) in [(&points, "stroke=\"#9bd\" stroke-width=\"1\""), (&smooth, "stroke=\"#036\" stroke-width=\"2\"")] {
         // A curve needs no more points than the picture has columns.
         let stride = line.len().div_ceil(1440).max(1);

@@ -11,6 +11,7 @@ use super::{Outcome, picture, say};
 use crate::data::{Dataset, Loader, LoaderOptions, Split};
 use crate::fs::write_atomic;
 use crate::mim::{Objective, StepKey, methods};
+use crate::tensor::Tensor;
 use crate::train::{
     CHECKPOINT, Checkpoint, Length, METRICS, STATE, StepReport, TrainConfig, Trainer, prepare_folder, read_metrics, saved_config,
 };
@@ -133,6 +134,8 @@ impl Pretrain {
 fn train<O: Objective>(trainer: &mut Trainer<O>, objective: &O, data: &Dataset, folder: &Path, out: &mut dyn Write) -> Result<()> {
     let config = trainer.config().clone();
     let (done, steps) = trainer.progress();
+    // Read before the hours of training, not after.
+    let pictured = pictured(&config, objective.image_shape())?;
     prepare_folder(folder)?;
     let toml = toml::to_string(&config.to_json()).map_err(|e| Error::format(folder.join("config.toml"), e.to_string()))?;
     write_atomic(folder.join("config.toml"), toml.as_bytes())?;
@@ -157,15 +160,8 @@ fn train<O: Objective>(trainer: &mut Trainer<O>, objective: &O, data: &Dataset, 
 
     let losses = read_metrics(&folder.join(METRICS))?;
     picture::loss_curve(&folder.join("loss.svg"), &losses, &format!("{} with {}: loss", config.method, config.model))?;
-    // The first test images, as the network would see them in training's first step.
-    let (test, _) = config.open_data(Split::Test)?;
-    let batch = test.len().min(8);
-    let (size, channels) = objective.image_shape();
-    let options = LoaderOptions { batch, seed: config.seed, shuffle: false, drop_last: false };
-    let loader = Loader::new(&test, config.test_transform((size, channels))?, options)?;
-    let images = crate::tensor::Tensor::new([batch, channels, size, size], &loader.epoch(0).batch(0)?.images)?;
     let key = StepKey { seed: config.seed, step: 0 };
-    picture::reconstructions(&folder.join("reconstruction.png"), objective, trainer.params(), &images, key, config.normalization())?;
+    picture::reconstructions(&folder.join("reconstruction.png"), objective, trainer.params(), &pictured, key, config.normalization())?;
     let last = losses.last().map_or(f64::NAN, |l| l.1);
     say(
         out,
@@ -175,6 +171,15 @@ fn train<O: Objective>(trainer: &mut Trainer<O>, objective: &O, data: &Dataset, 
             folder.join(CHECKPOINT).display()
         ),
     )
+}
+
+/// The first eight test images.
+fn pictured(config: &TrainConfig, (size, channels): (usize, usize)) -> Result<Tensor<f32>> {
+    let (test, _) = config.open_data(Split::Test)?;
+    let batch = test.len().min(8);
+    let options = LoaderOptions { batch, seed: config.seed, shuffle: false, drop_last: false };
+    let loader = Loader::new(&test, config.test_transform((size, channels))?, options)?;
+    Tensor::new([batch, channels, size, size], &loader.epoch(0).batch(0)?.images)
 }
 
 /// A bar on a terminal, a line now and then elsewhere.

@@ -153,7 +153,7 @@ impl<'a, O: Objective> Trainer<'a, O> {
             let report = self.step()?;
             metrics.push(&report)?;
             progress(&report);
-            if self.step % every == 0 || self.step == self.schedule.steps {
+            if self.step.is_multiple_of(every) || self.step == self.schedule.steps {
                 metrics.flush()?;
                 self.save(folder)?;
             }
