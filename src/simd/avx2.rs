@@ -137,6 +137,28 @@ impl Vector<f32> for F32x16 {
         }
     }
     #[inline(always)]
+    fn ldexp(self, n: Self) -> Self {
+        // SAFETY: see above. Two steps, because 2^n need not be a normal number; the first is exact.
+        unsafe {
+            let power = |k| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(k, _mm256_set1_epi32(127))));
+            let half = |x, n| {
+                let n = _mm256_cvtps_epi32(n);
+                let first = _mm256_srai_epi32::<1>(n);
+                _mm256_mul_ps(_mm256_mul_ps(x, power(first)), power(_mm256_sub_epi32(n, first)))
+            };
+            F32x16(half(self.0, n.0), half(self.1, n.1))
+        }
+    }
+    #[inline(always)]
+    fn copysign(self, sign: Self) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let bit = _mm256_set1_ps(-0.0);
+            let half = |x, s| _mm256_or_ps(_mm256_andnot_ps(bit, x), _mm256_and_ps(bit, s));
+            F32x16(half(self.0, sign.0), half(self.1, sign.1))
+        }
+    }
+    #[inline(always)]
     fn less(self, other: Self, yes: Self, no: Self) -> Self {
         // SAFETY: see above.
         unsafe {
