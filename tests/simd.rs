@@ -295,7 +295,7 @@ type Report = [Worst; 3];
 fn examine(function: Function, patterns: impl Iterator<Item = u32>) -> Report {
     let mut x: Vec<f32> = patterns.map(f32::from_bits).collect();
     let mut report = Report::default();
-    while x.len() % LANES != 0 {
+    while !x.len().is_multiple_of(LANES) {
         x.push(1.0);
     }
     let minus: Vec<f32> = x.iter().map(|x| -x).collect();

@@ -80,7 +80,7 @@ fn expm1_reduced<V: Vector<f32>>(r: V) -> V {
     (r * r).mul_add(horner(EXP, r), r)
 }
 
-/// `e^x`.
+/// `e^x`, within 1.02 ULP.
 #[inline(always)]
 pub fn exp<V: Vector<f32>>(x: V) -> V {
     // Beyond, the result is 0 or ∞ anyway; NaN passes through `min` and `max` as their second operand.
@@ -89,7 +89,7 @@ pub fn exp<V: Vector<f32>>(x: V) -> V {
     (expm1_reduced(r) + V::splat(1.0)).ldexp(n)
 }
 
-/// The error function.
+/// The error function, within 1 ULP.
 #[inline(always)]
 pub fn erf<V: Vector<f32>>(x: V) -> V {
     // Beyond 4 the result rounds to ±1.
@@ -101,7 +101,7 @@ pub fn erf<V: Vector<f32>>(x: V) -> V {
     a.less(V::splat(ERF_SPLIT), near, far)
 }
 
-/// The hyperbolic tangent.
+/// The hyperbolic tangent, within 1.34 ULP.
 #[inline(always)]
 pub fn tanh<V: Vector<f32>>(x: V) -> V {
     let one = V::splat(1.0);
@@ -115,7 +115,7 @@ pub fn tanh<V: Vector<f32>>(x: V) -> V {
     a.less(V::splat(TANH_SPLIT), near, far).copysign(x)
 }
 
-/// `x Φ(x)` and its derivative `Φ(x) + x φ(x)`.
+/// `x Φ(x)`, within 1.95 ULP, and its derivative `Φ(x) + x φ(x)`, within 1.7e-7.
 ///
 /// Near 0, `x Φ(x) = ½x + h P(h)` with `h = −x²/2`. Beyond [`GELU_SPLIT`], with `a = |x|`, it is `max(x, 0) − a Φ(−a)`, where
 /// `a Φ(−a)` is `e^h` times a factor that tends to 1/√(2π), from which a rational function is subtracted: the larger `a`, the
