@@ -70,7 +70,11 @@ impl Error {
     /// A shape error.
     pub fn shape(what: impl Into<String>, expected: impl fmt::Debug, found: impl fmt::Debug) -> Self {
         let unquote = |s: String| s.trim_matches('"').to_string();
-        Error::Shape { what: what.into(), expected: unquote(format!("{expected:?}")), found: unquote(format!("{found:?}")) }
+        Error::Shape {
+            what: what.into(),
+            expected: unquote(format!("{expected:?}")),
+            found: unquote(format!("{found:?}")),
+        }
     }
 
     /// A configuration error.

@@ -172,13 +172,7 @@ mod tests {
     #[test]
     fn streams_differ() {
         let first = |p, step, sample| Rng::new(1, p, step, sample).next_u64();
-        let all = [
-            first(Purpose::Mask, 0, 0),
-            first(Purpose::Init, 0, 0),
-            first(Purpose::Mask, 1, 0),
-            first(Purpose::Mask, 0, 1),
-            first(Purpose::Mask, 1 << 32, 0),
-        ];
+        let all = [first(Purpose::Mask, 0, 0), first(Purpose::Init, 0, 0), first(Purpose::Mask, 1, 0), first(Purpose::Mask, 0, 1), first(Purpose::Mask, 1 << 32, 0)];
         for (i, a) in all.iter().enumerate() {
             assert!(all[..i].iter().all(|b| a != b));
         }
