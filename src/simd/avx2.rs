@@ -49,6 +49,32 @@ impl Neg for F32x16 {
     }
 }
 
+// Functions and not closures, which a kernel compiled for AVX2 need not inline.
+
+/// `2^n` for `n` between −126 and 127.
+///
+/// # Safety
+/// The machine must have AVX2.
+#[inline(always)]
+unsafe fn power(n: __m256i) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127)))) }
+}
+
+/// `x 2^n` in two steps, because 2^n need not be a normal number; the first is exact.
+///
+/// # Safety
+/// The machine must have AVX2.
+#[inline(always)]
+unsafe fn ldexp(x: __m256, n: __m256) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let n = _mm256_cvtps_epi32(n);
+        let half = _mm256_srai_epi32::<1>(n);
+        _mm256_mul_ps(_mm256_mul_ps(x, power(half)), power(_mm256_sub_epi32(n, half)))
+    }
+}
+
 // SAFETY of every block below: a vector of this type is only made inside `run`, where AVX2 exists; memory is touched only
 // within the slices given, whose lengths are checked.
 impl Vector<f32> for F32x16 {
@@ -132,12 +158,22 @@ impl Vector<f32> for F32x16 {
     #[inline(always)]
     fn pow2(self) -> Self {
         // SAFETY: see above.
+        unsafe { F32x16(power(_mm256_cvtps_epi32(self.0)), power(_mm256_cvtps_epi32(self.1))) }
+    }
+    #[inline(always)]
+    fn ldexp(self, n: Self) -> Self {
+        // SAFETY: see above.
+        unsafe { F32x16(ldexp(self.0, n.0), ldexp(self.1, n.1)) }
+    }
+    #[inline(always)]
+    fn copysign(self, sign: Self) -> Self {
+        // SAFETY: see above.
         unsafe {
-            let half = |x| {
-                let biased = _mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32(127));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
-            };
-            F32x16(half(self.0), half(self.1))
+            let bit = _mm256_set1_ps(-0.0);
+            F32x16(
+                _mm256_or_ps(_mm256_andnot_ps(bit, self.0), _mm256_and_ps(bit, sign.0)),
+                _mm256_or_ps(_mm256_andnot_ps(bit, self.1), _mm256_and_ps(bit, sign.1)),
+            )
         }
     }
     #[inline(always)]

@@ -133,6 +133,19 @@ impl Vector<f32> for F32x16 {
         })
     }
     #[inline(always)]
+    fn ldexp(self, n: Self) -> Self {
+        // SAFETY: see above.
+        F32x16(unsafe { _mm512_scalef_ps(self.0, n.0) })
+    }
+    #[inline(always)]
+    fn copysign(self, sign: Self) -> Self {
+        // SAFETY: see above.
+        F32x16(unsafe {
+            let bit = _mm512_set1_ps(-0.0);
+            _mm512_or_ps(_mm512_andnot_ps(bit, self.0), _mm512_and_ps(bit, sign.0))
+        })
+    }
+    #[inline(always)]
     fn less(self, other: Self, yes: Self, no: Self) -> Self {
         // SAFETY: see above.
         F32x16(unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, other.0), no.0, yes.0) })

@@ -94,6 +94,14 @@ impl Vector<f64> for F64x16 {
         F64x16(self.0.map(libm::exp2))
     }
     #[inline(always)]
+    fn ldexp(self, n: Self) -> Self {
+        F64x16(std::array::from_fn(|i| libm::ldexp(self.0[i], n.0[i] as i32)))
+    }
+    #[inline(always)]
+    fn copysign(self, sign: Self) -> Self {
+        F64x16(std::array::from_fn(|i| self.0[i].copysign(sign.0[i])))
+    }
+    #[inline(always)]
     fn less(self, other: Self, yes: Self, no: Self) -> Self {
         F64x16(std::array::from_fn(|i| if self.0[i] < other.0[i] { yes.0[i] } else { no.0[i] }))
     }

@@ -62,6 +62,10 @@ pub trait Vector<T: Copy>:
     fn round(self) -> Self;
     /// `2^self` for integral lanes between −126 and 127.
     fn pow2(self) -> Self;
+    /// `self · 2^n`, rounded once, for integral `n` between −200 and 200 and lanes of magnitude 2⁻²⁴ to 2²⁴ (or NaN).
+    fn ldexp(self, n: Self) -> Self;
+    /// The magnitude of `self` with the sign of `sign`.
+    fn copysign(self, sign: Self) -> Self;
     /// `self < other ? yes : no`, per lane; NaN compares false.
     fn less(self, other: Self, yes: Self, no: Self) -> Self;
     /// `e^self`.

@@ -118,6 +118,19 @@ impl Vector<f32> for F32x16 {
         self.map(|k| f32::from_bits(((k as i32).wrapping_add(127) as u32) << 23))
     }
     #[inline(always)]
+    fn ldexp(self, n: Self) -> Self {
+        // Two steps, because 2^n need not be a normal number; the first is exact.
+        self.zip(n, |x, n| {
+            let power = |k: i32| f32::from_bits((k.wrapping_add(127) as u32) << 23);
+            let (n, first) = (n as i32, n as i32 >> 1);
+            x * power(first) * power(n - first)
+        })
+    }
+    #[inline(always)]
+    fn copysign(self, sign: Self) -> Self {
+        self.zip(sign, f32::copysign)
+    }
+    #[inline(always)]
     fn less(self, other: Self, yes: Self, no: Self) -> Self {
         let (a, b, yes, no) = (self.to_array(), other.to_array(), yes.to_array(), no.to_array());
         Self::from_array(std::array::from_fn(|i| if a[i] < b[i] { yes[i] } else { no[i] }))
