@@ -12,10 +12,14 @@
 //! - [`grouping`]: window grouping: knapsack, optimal partition with certificate, plans.
 //! - [`model`]: one file per architecture.
 //! - [`mim`]: masked image modeling: masks, objectives.
+//! - [`train`]: optimizer, schedule, checkpoints, the training loop, linear probes.
+//! - [`plot`]: the few pictures that karat draws.
 //! - [`data`]: built-in images, image folders, IDX, CIFAR, npy; augmentation; batches.
 
 pub mod attention;
 pub mod case;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod data;
 pub mod error;
 mod fs;
@@ -25,7 +29,10 @@ pub mod linalg;
 pub mod mim;
 pub mod model;
 pub mod nn;
+#[cfg(feature = "cli")]
+pub mod plot;
 pub mod simd;
 pub mod tensor;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -1,3 +1,4 @@
 //! Attention mechanisms: one file each, equations first, then configuration, parameters, forward, backward, operation.
 
 pub mod softmax;
+pub mod window;

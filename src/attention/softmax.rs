@@ -106,16 +106,19 @@ impl Attention {
         bias: Option<Bias<T>>,
         residual: Option<&Tensor<T>>,
     ) -> Result<(Tensor<T>, Saved<T>)> {
-        let sizes = self.sizes(x)?;
-        let qkv = self.qkv.forward(p, x)?;
+        let extended = with_zero_tokens(x, groups.zero_tokens)?;
+        let sizes = self.sizes(&extended)?;
+        let qkv = self.qkv.forward(p, &extended)?;
         let normed = match &self.qk_norm {
             None => None,
             Some((q_norm, k_norm)) => Some(self.norm_qk(p, &qkv, q_norm, k_norm)?),
         };
-        let mut out = Tensor::scratch(x.shape());
+        let mut out = Tensor::scratch(extended.shape());
+        drop(extended);
         let mut stats = Tensor::scratch([sizes.batch, sizes.heads, sizes.queries, 2]);
         let [q, k, v] = self.operands(&qkv, normed.as_ref().map(|n| &n.0));
         core::forward(out.data_mut(), stats.data_mut(), q, k, v, bias, groups, sizes);
+        let out = without_zero_tokens(out, groups.zero_tokens)?;
         let y = self.proj.forward_onto(p, &out, residual)?;
         Ok((y, Saved { qkv, normed, out, stats }))
     }
@@ -132,9 +135,11 @@ impl Attention {
         bias: Option<(Bias<T>, &mut [T])>,
         dy: &Tensor<T>,
     ) -> Result<Tensor<T>> {
-        let sizes = self.sizes(x)?;
+        let extended = with_zero_tokens(x, groups.zero_tokens)?;
+        let sizes = self.sizes(&extended)?;
         let Saved { qkv, normed, out, stats } = saved;
         let d_out = self.proj.backward(p, g, &out, dy)?;
+        let [out, d_out] = [with_zero_tokens(&out, groups.zero_tokens)?, with_zero_tokens(&d_out, groups.zero_tokens)?];
         let mut d_qkv = Tensor::zeros(qkv.shape());
         let (bias, d_bias) = bias.unzip();
         let [q, k, v] = self.operands(&qkv, normed.as_ref().map(|n| &n.0));
@@ -150,7 +155,7 @@ impl Attention {
             }
         }
         drop(qkv);
-        self.qkv.backward(p, g, x, &d_qkv)
+        without_zero_tokens(self.qkv.backward(p, g, &extended, &d_qkv)?, groups.zero_tokens)
     }
 
     /// Part 0 (q) or 1 (k) of `[rows, 3C]` as rows of one head each.
@@ -177,6 +182,32 @@ impl Attention {
         self.put_heads(&mut normed, &k, 1, 2 * self.dim);
         Ok((normed, [q_stats, k_stats]))
     }
+}
+
+/// `[B, N, C]` → `[B, N + extra, C]`, the new tokens zero.
+fn with_zero_tokens<T: Float>(x: &Tensor<T>, extra: usize) -> Result<Tensor<T>> {
+    let [batch, n, c] = x.dims("tokens")?;
+    if extra == 0 {
+        return Ok(x.clone());
+    }
+    let mut y = Tensor::zeros([batch, n + extra, c]);
+    for (to, from) in y.data_mut().chunks_exact_mut((n + extra) * c).zip(x.data().chunks_exact(n * c)) {
+        to[..n * c].copy_from_slice(from);
+    }
+    Ok(y)
+}
+
+/// The adjoint of [`with_zero_tokens`].
+fn without_zero_tokens<T: Float>(x: Tensor<T>, extra: usize) -> Result<Tensor<T>> {
+    let [batch, n, c] = x.dims("tokens")?;
+    if extra == 0 {
+        return Ok(x);
+    }
+    let mut y = Tensor::scratch([batch, n - extra, c]);
+    for (to, from) in y.data_mut().chunks_exact_mut((n - extra) * c).zip(x.data().chunks_exact(n * c)) {
+        to.copy_from_slice(&from[..(n - extra) * c]);
+    }
+    Ok(y)
 }
 
 /// `attention.softmax`.

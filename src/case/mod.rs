@@ -1,9 +1,24 @@
 //! Golden cases: a question with its answer.
+//!
+//! A [`Case`] is one file with an operation, its configuration, inputs, parameters and cotangents, and the outputs and gradients that
+//! have to come out. [`verify_case`] runs it, [`judge`] checks somebody else's results, [`new_case`] makes one.
 
+mod compare;
 mod config;
+mod format;
+mod make;
 mod op;
 mod registry;
+mod triage;
+mod verify;
 
+#[cfg(test)]
+mod tests;
+
+pub use compare::{Bound, Finding, Worst};
 pub use config::Config;
+pub use format::{Case, Element, Stock};
+pub use make::new_case;
 pub use op::{Draw, Op, Operation, Run, Tensors, Value};
 pub use registry::{find, operations};
+pub use verify::{Dtype, Report, Verdict, judge, judge_with, verify_case, verify_with};

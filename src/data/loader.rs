@@ -86,7 +86,8 @@ impl<'a> Loader<'a> {
     }
 
     /// Transforms the images `indices` as epoch `epoch` shows them, in parallel, into `images`
-    /// `[indices.len(), channels, size, size]`, and their classes into `labels`. The pixels of a sample depend on (seed, epoch, index) alone.
+    /// `[indices.len(), channels, size, size]`, and their classes into `labels`. The pixels of a sample depend on
+    /// (seed, epoch, index) alone.
     ///
     /// # Errors
     /// If a buffer has the wrong length or an image cannot be decoded; of several, the first in the order of `indices`.

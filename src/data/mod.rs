@@ -127,7 +127,8 @@ impl Dataset {
     /// - **CIFAR-10** (`data_batch_*.bin`, `test_batch.bin`, `batches.meta.txt`) or **CIFAR-100** (`train.bin`, `test.bin`,
     ///   `fine_label_names.txt`; the fine labels), binary version.
     /// - **PNG and JPEG images** (feature `cli`): one sub-folder per class, in the order of their names; or images directly in the
-    ///   folder, which are then one class. Sub-folders `train` and `test` (or `val`, `validation`, `valid`) are the splits, if they exist; if not, the
+    ///   folder, which are then one class. Sub-folders `train` and `test` (or `val`, `validation`, `valid`) are the
+    ///   splits, if they exist; if not, the
     ///   same images serve as both, and [`Dataset::held_out`] says so. Other files and hidden ones are ignored. Images are
     ///   decoded on access; opening checks only that each file begins as a PNG or JPEG does (see [`OpenOptions::skip_bad`]).
     ///

@@ -22,6 +22,7 @@
 //! in time.
 
 mod knapsack;
+pub mod ops;
 mod optimal;
 mod plan;
 mod sweep;

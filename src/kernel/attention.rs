@@ -52,12 +52,14 @@ pub struct Groups {
     pub queries: Side,
     /// The keys; a token may stand in several groups, or several times in one.
     pub keys: Side,
+    /// How many zero tokens the caller must append to every image: keys beyond its own tokens, nobody's queries.
+    pub zero_tokens: usize,
 }
 
 impl Groups {
     /// Every query sees every key.
     pub fn all(queries: usize, keys: usize) -> Groups {
-        Groups { queries: Side::all(queries), keys: Side::all(keys) }
+        Groups { queries: Side::all(queries), keys: Side::all(keys), zero_tokens: 0 }
     }
 
     /// The number of (query, key) pairs.

@@ -26,6 +26,42 @@ pub fn scatter<T: Float>(out: &mut [T], x: &[T], index: &[u32], width: usize) {
     }
 }
 
+/// Row `i` of image b of `out` ← row `index[i]` of image b of `x`; an index beyond the rows of `x` gives zeros.
+pub fn gather_batch<T: Float>(out: &mut [T], x: &[T], index: &[u32], batch: usize, width: usize) {
+    assert!(out.len() == batch * index.len() * width && (batch == 0 || x.len().is_multiple_of(batch)));
+    if out.is_empty() {
+        return;
+    }
+    let (rows, chunk) = (x.len() / batch / width, chunk_rows(width));
+    out.par_chunks_mut(chunk * width).enumerate().for_each(|(c, out)| {
+        for (i, row) in out.chunks_exact_mut(width).enumerate() {
+            let (b, i) = ((c * chunk + i) / index.len(), (c * chunk + i) % index.len());
+            let from = index[i] as usize;
+            if from < rows {
+                row.copy_from_slice(&x[(b * rows + from) * width..(b * rows + from + 1) * width]);
+            } else {
+                row.fill(T::ZERO);
+            }
+        }
+    });
+}
+
+/// The adjoint of [`gather_batch`] for an index that names no row twice: `out` must hold zeros before.
+pub fn scatter_batch<T: Float>(out: &mut [T], x: &[T], index: &[u32], batch: usize, width: usize) {
+    assert!(x.len() == batch * index.len() * width && (batch == 0 || out.len().is_multiple_of(batch)));
+    if out.is_empty() || x.is_empty() {
+        return;
+    }
+    let rows = out.len() / batch / width;
+    out.par_chunks_mut(rows * width).zip(x.par_chunks(index.len() * width)).for_each(|(out, x)| {
+        for (row, &to) in x.chunks_exact(width).zip(index) {
+            if (to as usize) < rows {
+                out[to as usize * width..(to as usize + 1) * width].copy_from_slice(row);
+            }
+        }
+    });
+}
+
 struct WithRow<'a, T> {
     rows: &'a mut [T],
     row: &'a [T],

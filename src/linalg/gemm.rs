@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::micro::{self, KC, Tile, TileShape, pack_panel, panel, tile_of};
 use super::view::{Mat, MatMut};
 use super::{Activation, Epilogue};
-use crate::simd::{Kernel, LANES, Vector};
+use crate::simd::{self, Isa, Kernel, LANES, Vector};
 use crate::tensor::{Buffer, Float};
 
 /// Packed B stays below this many floats (4 MiB): longer sums are taken in several passes over C.
@@ -36,6 +36,15 @@ impl Kernel<f32> for TileOf {
 
 pub(super) fn tile_shape() -> TileShape {
     f32::dispatch(TileOf)
+}
+
+/// [`tile_shape`] of the back end `isa`.
+///
+/// # Safety
+/// This machine must have `isa`.
+unsafe fn tile_shape_on(isa: Isa) -> TileShape {
+    // SAFETY: the caller's promise.
+    unsafe { simd::dispatch_f32_on(isa, TileOf) }
 }
 
 /// Cuts `n` items into `parts` runs that differ by at most one; run `i`.
@@ -237,7 +246,10 @@ pub(super) fn gemm_f32(a: Mat<f32>, b: Mat<f32>, mut c: MatMut<f32>, epilogue: E
         return;
     }
     let epilogue = RawEpilogue::new(epilogue, m, n);
-    let tile = tile_shape();
+    // Read once: panels and tasks are cut for one tile shape, whatever `simd::force` does on another thread meanwhile.
+    let isa = simd::isa();
+    // SAFETY: `simd::isa` returns what this machine has.
+    let tile = unsafe { tile_shape_on(isa) };
     let (strips, panels) = (m.div_ceil(tile.rows), n.div_ceil(tile.vectors * LANES));
     let parallel = m * n * k.max(1) >= PARALLEL_FROM;
 
@@ -268,7 +280,7 @@ pub(super) fn gemm_f32(a: Mat<f32>, b: Mat<f32>, mut c: MatMut<f32>, epilogue: E
         let task = |index: usize| {
             let (i, j) = (index % row_tasks, index / row_tasks);
             let (s0, s1) = share(strips, row_tasks, i);
-            f32::dispatch(Task {
+            let work = Task {
                 a,
                 packed: &packed,
                 k0,
@@ -281,7 +293,9 @@ pub(super) fn gemm_f32(a: Mat<f32>, b: Mat<f32>, mut c: MatMut<f32>, epilogue: E
                 first_pass: k0 == 0,
                 last_pass: k0 + depth == k,
                 epilogue: &epilogue,
-            });
+            };
+            // SAFETY: as above.
+            unsafe { simd::dispatch_f32_on(isa, work) };
         };
         let tasks = row_tasks * col_tasks;
         if parallel { (0..tasks).into_par_iter().for_each(task) } else { (0..tasks).for_each(task) }

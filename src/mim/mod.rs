@@ -1,9 +1,12 @@
 //! Masked image modeling: masks, targets, one file per objective.
 
+pub mod greenmim;
 pub mod mae;
 pub mod mask;
+pub mod methods;
 pub mod pixels;
 pub mod simmim;
+pub mod simmim_swin;
 pub mod simmim_vit;
 
 use std::sync::Arc;

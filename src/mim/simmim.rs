@@ -9,11 +9,13 @@ use std::sync::Arc;
 
 use super::mask::{CoarseMask, read_mask};
 use super::pixels::{DECODER_CHANS, L1Saved, MaskedL1Loss, PixelDecoder, hidden_pixels};
+use super::simmim_swin::{self, SimMimSwin};
 use super::simmim_vit::{self, SimMimVit};
 use super::{Objective, Reconstruction, StepKey};
 use crate::case::{Config, Draw, Operation, Run};
 use crate::error::{Error, Result};
-use crate::kernel::{elementwise, reduce};
+use crate::kernel::elementwise;
+use crate::model::swin_ops::{mean_tokens, sample_encoder};
 use crate::nn::{Layout, Names, Params};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
@@ -22,19 +24,22 @@ use crate::tensor::{Float, Tensor};
 enum Encoder {
     /// A plain ViT in the style of BEiT.
     Vit(SimMimVit),
+    /// A dense Swin.
+    Swin(SimMimSwin),
 }
 
 /// What an encoder's backward pass needs.
 enum EncoderSaved<T: Float> {
     Vit(simmim_vit::Saved<T>),
+    /// With the mask, which its backward pass asks for.
+    Swin(simmim_swin::Saved<T>, Vec<bool>),
 }
-
-const ENCODERS: [&str; 1] = ["vit"];
 
 impl Encoder {
     fn new(config: &Config, names: &mut Names) -> Result<Self> {
-        match config.choice("encoder", &ENCODERS)? {
-            _vit => Ok(Encoder::Vit(SimMimVit::new(config, names)?)),
+        match config.choice("encoder", &["swin", "vit"])? {
+            "swin" => Ok(Encoder::Swin(SimMimSwin::new(config, names)?)),
+            _ => Ok(Encoder::Vit(SimMimVit::new(config, names)?)),
         }
     }
 
@@ -42,6 +47,7 @@ impl Encoder {
     fn grid(&self) -> [usize; 2] {
         match self {
             Encoder::Vit(vit) => vit.grid(),
+            Encoder::Swin(swin) => swin.grid(),
         }
     }
 
@@ -49,18 +55,22 @@ impl Encoder {
     fn features(&self) -> usize {
         match self {
             Encoder::Vit(vit) => vit.features(),
+            Encoder::Swin(swin) => swin.width(),
         }
     }
 
     fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>, hidden: &[bool]) -> Result<(Tensor<T>, EncoderSaved<T>)> {
         match self {
             Encoder::Vit(vit) => vit.forward(p, image, Some(hidden)).map(|(y, saved)| (y, EncoderSaved::Vit(saved))),
+            Encoder::Swin(swin) => swin.forward(p, image, hidden).map(|(y, saved)| (y, EncoderSaved::Swin(saved, hidden.to_vec()))),
         }
     }
 
-    fn infer<T: Float>(&self, p: &Params<T>, image: &Tensor<T>) -> Result<Tensor<T>> {
+    /// The tokens of whole images; `first` is the number of tokens that an image starts with.
+    fn infer<T: Float>(&self, p: &Params<T>, image: &Tensor<T>, first: usize) -> Result<Tensor<T>> {
         match self {
             Encoder::Vit(vit) => vit.infer(p, image),
+            Encoder::Swin(swin) => Ok(swin.forward(p, image, &vec![false; image.shape().first().copied().unwrap_or(0) * first])?.0),
         }
     }
 
@@ -74,6 +84,8 @@ impl Encoder {
     ) -> Result<Option<Tensor<T>>> {
         match (self, saved) {
             (Encoder::Vit(vit), EncoderSaved::Vit(saved)) => vit.backward(p, g, saved, d, want_image),
+            (Encoder::Swin(swin), EncoderSaved::Swin(saved, hidden)) => swin.backward(p, g, saved, &hidden, d, want_image),
+            _ => Err(Error::value("saved tensors", "expected those of this encoder")),
         }
     }
 }
@@ -193,15 +205,28 @@ impl Objective for SimMim {
     }
 
     fn features<T: Float>(&self, params: &Params<T>, images: &Tensor<T>) -> Result<Tensor<T>> {
-        let tokens = self.encoder.infer(params, images)?;
-        let [b, n, c] = tokens.dims("tokens")?;
-        let mut mean = Tensor::zeros([b, c]);
-        for (mean, x) in mean.data_mut().chunks_exact_mut(c).zip(tokens.data().chunks_exact(n * c)) {
-            reduce::add_column_sums(mean, x);
-            mean.iter_mut().for_each(|x| *x = *x / T::of(n));
-        }
-        Ok(mean)
+        mean_tokens(&self.encoder.infer(params, images, (self.image / self.patch) * (self.image / self.patch))?)
     }
+}
+
+fn sample_vit(rng: &mut Rng) -> Config {
+    let (patch, heads, width) = (rng.between(1, 4), rng.between(1, 3), rng.between(2, 4));
+    let mut config = Config::default();
+    config.set("encoder", "vit").set("img_size", patch * rng.between(1, 3)).set("patch_size", patch).set("encoder_stride", patch);
+    config.set("embed_dim", heads * width).set("depth", rng.between(0, 2)).set("num_heads", heads).set("mlp_ratio", rng.range(0.5, 2.0));
+    for key in ["qkv_bias", "layer_scale", "use_ape", "use_rpb", "use_shared_rpb", "use_mean_pooling"] {
+        config.set(key, rng.chance(0.5));
+    }
+    config.set("norm_eps", 1e-6);
+    config
+}
+
+fn sample_swin(rng: &mut Rng) -> Config {
+    let mut config = sample_encoder(rng);
+    let stages = config.usizes("depths").map_or(1, |depths| depths.len());
+    let stride = config.usize("patch_size").unwrap_or(1) << (stages - 1);
+    config.set("encoder", "swin").set("encoder_stride", stride);
+    config
 }
 
 /// `mim.simmim`.
@@ -212,18 +237,11 @@ impl Operation for MimSimMim {
     const PAPER: &'static str = "2111.09886 SimMIM";
 
     fn sample(rng: &mut Rng) -> Config {
-        let (patch, heads, width) = (rng.between(1, 4), rng.between(1, 3), rng.between(2, 4));
-        let mut config = Config::default();
-        config.set("encoder", "vit").set("img_size", patch * rng.between(2, 3)).set("patch_size", patch).set("in_chans", 3);
-        config
-            .set("embed_dim", heads * width)
-            .set("depth", rng.between(0, 2))
-            .set("num_heads", heads)
-            .set("mlp_ratio", rng.range(0.5, 2.0));
-        for key in ["qkv_bias", "layer_scale", "use_ape", "use_rpb", "use_shared_rpb", "use_mean_pooling"] {
-            config.set(key, rng.chance(0.5));
+        let mut config = if rng.chance(0.5) { sample_vit(rng) } else { sample_swin(rng) };
+        config.set("in_chans", 3).set("norm_target", [0, 3, 5][rng.below(3)]);
+        if config.usize("img_size").is_ok_and(|side| side == 1) {
+            config.set("norm_target", 0);
         }
-        config.set("norm_eps", 1e-6).set("norm_target", [0, 3, 5][rng.below(3)]).set("encoder_stride", patch);
         config
     }
 
@@ -274,6 +292,14 @@ mod tests {
             config.set(key, value);
             assert!(SimMim::new(&config).is_err(), "{key}");
         }
+    }
+
+    #[test]
+    fn objective_with_a_swin() {
+        let json = r#"{"encoder": "swin", "img_size": 16, "patch_size": 2, "in_chans": 3, "embed_dim": 4, "depths": [1, 1],
+            "num_heads": [1, 2], "window_size": 4, "mlp_ratio": 2, "qkv_bias": true, "qk_scale": null, "ape": false, "patch_norm": true,
+            "norm_eps": 1e-5, "norm_target": 3, "encoder_stride": 4, "mask_patch_size": 4, "mask_ratio": 0.5}"#;
+        crate::mim::tests::check_objective(&SimMim::new(&Config::parse(json).unwrap()).unwrap(), 0.5, 8);
     }
 
     /// Nothing masked: no loss, and gradients of zero rather than no numbers.

@@ -61,7 +61,7 @@ impl Block {
     pub fn new(names: &mut Names, settings: BlockSettings) -> Result<Self> {
         let BlockSettings { attention, mlp_ratio, norm_eps, layer_scale, init } = settings;
         let dim = attention.dim;
-        let mut scale = |names: &mut Names, i: usize| layer_scale.map(|(name, start)| names.param(name[i], [dim], Init::Constant(start)));
+        let scale = |names: &mut Names, i: usize| layer_scale.map(|(name, start)| names.param(name[i], [dim], Init::Constant(start)));
         let norm1 = LayerNorm::new(names.at("norm1"), dim, norm_eps);
         let attn = Attention::new(names.at("attn"), attention, init)?;
         let scale1 = scale(names, 0);

@@ -172,7 +172,8 @@ pub fn init() -> Result<Isa> {
     Ok(isa)
 }
 
-/// Makes all further kernels of the process run on `isa`.
+/// Makes all further kernels of the process run on `isa`. Operands that are packed for small products
+/// ([`Gemm::pack`](crate::linalg::Gemm::pack)) have to be packed anew, so no other thread should compute meanwhile.
 ///
 /// # Errors
 /// This machine lacks it.
@@ -203,8 +204,18 @@ pub fn isa() -> Isa {
 /// Runs an f32 kernel on the active back end.
 #[inline]
 pub(crate) fn dispatch_f32<K: Kernel<f32>>(kernel: K) -> K::Output {
-    match isa() {
-        // SAFETY: `isa` only ever returns a back end that the machine has.
+    // SAFETY: `isa` only ever returns a back end that the machine has.
+    unsafe { dispatch_f32_on(isa(), kernel) }
+}
+
+/// Runs an f32 kernel on `isa`: for work in several steps that must not change back ends in between.
+///
+/// # Safety
+/// This machine must have `isa`, as it has whatever [`isa`] returned.
+#[inline]
+pub(crate) unsafe fn dispatch_f32_on<K: Kernel<f32>>(isa: Isa, kernel: K) -> K::Output {
+    match isa {
+        // SAFETY: the caller's promise.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => unsafe { avx512::run(kernel) },
         // SAFETY: as above.

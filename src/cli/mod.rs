@@ -1,0 +1,104 @@
+//! The `karat` program: one file per command.
+//!
+//! Exit codes: 0 all good, 1 a check failed, 2 bad usage or unreadable input (with one line on standard error).
+
+mod case;
+mod group;
+mod list;
+mod picture;
+mod pretrain;
+mod probe;
+mod reconstruct;
+mod verify;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::error::{Error, Result};
+
+/// What a command that ran to its end found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    Good,
+    CheckFailed,
+}
+
+/// The verifiable CPU baseline for efficient vision transformers.
+#[derive(Parser)]
+#[command(name = "karat", version, arg_required_else_help = false, after_help = "Example: karat verify fixtures/cases --dtype f64")]
+struct Cli {
+    /// Threads to compute with [default: one per core]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Verify(verify::Verify),
+    #[command(subcommand)]
+    Case(case::Case),
+    List(list::List),
+    Pretrain(Box<pretrain::Pretrain>),
+    Probe(probe::Probe),
+    Reconstruct(reconstruct::Reconstruct),
+    Group(group::Group),
+}
+
+/// Runs the program on the arguments of the process.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // Help and version go to standard output and are no mistake.
+        Err(e) if !e.use_stderr() => {
+            let _ = e.print();
+            return ExitCode::SUCCESS;
+        }
+        Err(e) => return complain(&usage_line(&e.to_string())),
+    };
+    match cli.run(&mut io::stdout().lock()) {
+        Ok(Outcome::Good) => ExitCode::SUCCESS,
+        Ok(Outcome::CheckFailed) => ExitCode::from(1),
+        // The reader of our output has seen enough (`karat … | head`).
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => ExitCode::from(2),
+        Err(e) => complain(&e.to_string()),
+    }
+}
+
+fn complain(line: &str) -> ExitCode {
+    eprintln!("karat: {}", line.replace('\n', " "));
+    ExitCode::from(2)
+}
+
+/// The first paragraph of what clap says, in one line.
+fn usage_line(message: &str) -> String {
+    let paragraph: Vec<&str> = message.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
+    paragraph.join(" ").trim_start_matches("error: ").to_string() + " (see --help)"
+}
+
+impl Cli {
+    fn run(self, out: &mut dyn Write) -> Result<Outcome> {
+        crate::simd::init()?;
+        if let Some(threads) = self.threads {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global();
+            pool.map_err(|e| Error::usage(format!("--threads {threads}: {e}")))?;
+        }
+        match self.command {
+            Command::Verify(command) => command.run(out),
+            Command::Case(command) => command.run(out),
+            Command::List(command) => command.run(out),
+            Command::Pretrain(command) => command.run(out),
+            Command::Probe(command) => command.run(out),
+            Command::Reconstruct(command) => command.run(out),
+            Command::Group(command) => command.run(out),
+        }
+    }
+}
+
+/// Writes one line.
+fn say(out: &mut dyn Write, line: impl std::fmt::Display) -> Result<()> {
+    writeln!(out, "{line}").map_err(|e| Error::io("standard output", e))
+}

@@ -1,0 +1,241 @@
+//! The operations of Swin: `block.swin`, `nn.patch_merging`, `model.swin`.
+
+use super::swin::{Encoder, PatchMerging, Plan, Settings, SwinBlock, clip_window, dense_cells};
+use super::vit_block::BlockSettings;
+use crate::attention::window::{sample_settings, settings, shifted_windows};
+use crate::case::{Config, Draw, Operation, Run};
+use crate::error::{Error, Result};
+use crate::nn::{Layout, Linear, Names, Params, normal_02};
+use crate::tensor::random::Rng;
+use crate::tensor::{Float, Tensor};
+
+/// The settings of a Swin block from a configuration.
+pub fn block_settings(config: &Config) -> Result<BlockSettings> {
+    Ok(BlockSettings {
+        attention: settings(config)?,
+        mlp_ratio: config.f64("mlp_ratio")?,
+        norm_eps: config.f64("norm_eps")?,
+        layer_scale: None,
+        init: normal_02,
+    })
+}
+
+/// `height` and `width`.
+pub fn map_size(config: &Config) -> Result<[usize; 2]> {
+    Ok([config.positive("height")?, config.positive("width")?])
+}
+
+/// The input `x` of a map operation, `[batch, height·width, dim]`.
+pub fn map_input<T: Float>(run: &Run<T>, map: [usize; 2], dim: usize) -> Result<Tensor<T>> {
+    let x = run.input("x")?;
+    let [_, tokens, c] = x.dims("input `x`")?;
+    if tokens == map[0] * map[1] && c == dim { Ok(x) } else { Err(Error::shape("input `x`", format!("[batch, {}, {dim}]", map[0] * map[1]), x.shape())) }
+}
+
+/// `block.swin`.
+pub struct Block;
+
+impl Operation for Block {
+    const NAME: &'static str = "block.swin";
+    const PAPER: &'static str = "2103.14030 Swin";
+
+    fn sample(rng: &mut Rng) -> Config {
+        let mut config = Config::default();
+        sample_settings(rng, &mut config);
+        let (window, pad) = (rng.between(1, 4), rng.chance(0.5));
+        // Without padding: a map of whole windows, or one that clips the window to its shorter side.
+        let (height, width) = match (pad, rng.chance(0.3)) {
+            (true, _) => (rng.between(1, 8), rng.between(1, 8)),
+            (false, true) => {
+                let side = rng.between(1, window);
+                (side, side * rng.between(1, 3))
+            }
+            (false, false) => (window * rng.between(1, 3), window * rng.between(1, 3)),
+        };
+        config.set("height", height).set("width", width).set("window_size", window).set("shift_size", rng.below(window)).set("pad", pad);
+        config.set("mlp_ratio", rng.range(1.0, 3.0)).set("norm_eps", 1e-5);
+        // A norm over one channel is constant: nothing to differentiate.
+        let heads = rng.between(1, 2);
+        config.set("dim", heads * rng.between(2, 4)).set("num_heads", heads);
+        config
+    }
+
+    fn inputs(config: &Config, draw: &mut Draw) -> Result<()> {
+        let [height, width] = map_size(config)?;
+        let batch = draw.size("batch", 1, 2);
+        draw.normal("x", [batch, height * width, config.positive("dim")?]);
+        Ok(())
+    }
+
+    fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
+        let config = run.config();
+        let (map, pad) = (map_size(config)?, config.bool("pad")?);
+        let (window, shift) = clip_window(map, config.positive("window_size")?, config.usize("shift_size")?, pad);
+        let groups = shifted_windows(map, window, shift, pad)?;
+        let (block, layout) = Layout::build(|names| SwinBlock::new(names, block_settings(config)?, window))?;
+        let x = map_input(run, map, config.usize("dim")?)?;
+        run_block(run, &block, &layout, x, &groups)
+    }
+}
+
+/// Runs a block forward and backward.
+pub fn run_block<T: Float>(
+    run: &mut Run<T>,
+    block: &SwinBlock,
+    layout: &std::sync::Arc<Layout>,
+    x: Tensor<T>,
+    groups: &crate::kernel::attention::Groups,
+) -> Result<()> {
+    let p = run.params(layout)?;
+    let (y, saved) = block.forward(&p, x, groups)?;
+    run.output("y", &y);
+    if run.backward() {
+        let mut g = run.zero_grads(&p);
+        let dx = block.backward(&p, &mut g, saved, groups, &run.cotangent("y", y.shape())?)?;
+        run.grad_input("x", &dx);
+        run.grad_params(&g);
+    }
+    Ok(())
+}
+
+/// `nn.patch_merging`.
+pub struct Merging;
+
+impl Operation for Merging {
+    const NAME: &'static str = "nn.patch_merging";
+    const PAPER: &'static str = "2103.14030 Swin";
+
+    fn sample(rng: &mut Rng) -> Config {
+        let pad = rng.chance(0.5);
+        let mut side = || if pad { rng.between(1, 7) } else { 2 * rng.between(1, 4) };
+        let mut config = Config::default();
+        config.set("height", side()).set("width", side()).set("dim", rng.between(1, 6)).set("norm_eps", 1e-5).set("pad", pad);
+        config
+    }
+
+    fn inputs(config: &Config, draw: &mut Draw) -> Result<()> {
+        let [height, width] = map_size(config)?;
+        let batch = draw.size("batch", 1, 3);
+        draw.normal("x", [batch, height * width, config.positive("dim")?]);
+        Ok(())
+    }
+
+    fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
+        let config = run.config();
+        let (map, dim) = (map_size(config)?, config.positive("dim")?);
+        let cells = dense_cells(map, config.bool("pad")?)?;
+        let eps = config.f64("norm_eps")?;
+        let (layer, layout) = Layout::build(|names| Ok(PatchMerging::new(names, dim, eps, normal_02)))?;
+        let x = map_input(run, map, dim)?;
+        let p = run.params(&layout)?;
+        let (y, saved) = layer.forward(&p, &x, &cells)?;
+        run.output("y", &y);
+        if run.backward() {
+            let mut g = run.zero_grads(&p);
+            let dx = layer.backward(&p, &mut g, saved, &cells, &run.cotangent("y", y.shape())?)?;
+            run.grad_input("x", &dx);
+            run.grad_params(&g);
+        }
+        Ok(())
+    }
+}
+
+/// The Swin classifier: encoder, mean over tokens, `head`.
+struct Classifier {
+    encoder: Encoder,
+    plan: Plan,
+    head: Option<Linear>,
+}
+
+impl Classifier {
+    fn new(names: &mut Names, settings: Settings, num_classes: usize) -> Result<Self> {
+        let encoder = Encoder::new(names, settings)?;
+        let head = (num_classes > 0).then(|| Linear::new(names.at("head"), encoder.width(), num_classes, true, normal_02(0, 0)));
+        Ok(Classifier { plan: encoder.dense_plan()?, encoder, head })
+    }
+
+    fn run<T: Float>(&self, run: &mut Run<T>, p: &Params<T>) -> Result<()> {
+        let image = run.input("image")?;
+        let (tokens, embed) = self.encoder.embed(p, &image, None)?;
+        let (y, saved) = self.encoder.forward(p, tokens, &self.plan, None)?;
+        let pooled = mean_tokens(&y)?;
+        let logits = match &self.head {
+            Some(head) => head.forward(p, &pooled)?,
+            None => pooled.clone(),
+        };
+        run.output("logits", &logits);
+        if run.backward() {
+            let mut g = run.zero_grads(p);
+            let d_logits = run.cotangent("logits", logits.shape())?;
+            let d_pooled = match &self.head {
+                Some(head) => head.backward(p, &mut g, &pooled, &d_logits)?,
+                None => d_logits,
+            };
+            let dy = mean_tokens_backward(&d_pooled, y.shape().rows_cols().0 / pooled.shape().rows_cols().0.max(1))?;
+            let d_tokens = self.encoder.backward(p, &mut g, saved, &self.plan, None, &dy)?;
+            let d_image = self.encoder.patch_embed().backward(p, &mut g, &embed, &d_tokens, None)?;
+            run.grad_input("image", &d_image);
+            run.grad_params(&g);
+        }
+        Ok(())
+    }
+}
+
+/// `[B, N, C]` → `[B, C]`: the mean over tokens.
+pub fn mean_tokens<T: Float>(x: &Tensor<T>) -> Result<Tensor<T>> {
+    let [batch, n, c] = x.dims("tokens")?;
+    let mut y = Tensor::zeros([batch, c]);
+    for (out, image) in y.data_mut().chunks_exact_mut(c).zip(x.data().chunks_exact((n * c).max(1))) {
+        crate::kernel::reduce::add_column_sums(out, image);
+        out.iter_mut().for_each(|v| *v = *v / T::of(n));
+    }
+    Ok(y)
+}
+
+/// The adjoint of [`mean_tokens`] for `n` tokens.
+pub fn mean_tokens_backward<T: Float>(dy: &Tensor<T>, n: usize) -> Result<Tensor<T>> {
+    let [batch, c] = dy.dims("pooled tokens")?;
+    Ok(Tensor::from_fn([batch, n, c], |i| dy.data()[i / (n * c) * c + i % c] / T::of(n)))
+}
+
+/// `model.swin`.
+pub struct Model;
+
+impl Operation for Model {
+    const NAME: &'static str = "model.swin";
+    const PAPER: &'static str = "2103.14030 Swin";
+
+    fn sample(rng: &mut Rng) -> Config {
+        let mut config = sample_encoder(rng);
+        config.set("num_classes", rng.below(4)).set("pad", rng.chance(0.5));
+        config
+    }
+
+    fn inputs(config: &Config, draw: &mut Draw) -> Result<()> {
+        let [height, width] = config.pair("img_size")?;
+        let batch = draw.size("batch", 1, 2);
+        draw.normal("image", [batch, config.positive("in_chans")?, height, width]);
+        Ok(())
+    }
+
+    fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
+        let config = run.config();
+        let (model, layout) =
+            Layout::build(|names| Classifier::new(names, Settings::from_config(config, 1e-5)?, config.usize("num_classes")?))?;
+        let p = run.params(&layout)?;
+        model.run(run, &p)
+    }
+}
+
+/// A random small encoder whose map suits its windows at every stage.
+pub fn sample_encoder(rng: &mut Rng) -> Config {
+    let (stages, window, patch) = (rng.between(1, 2), rng.between(1, 3), rng.between(1, 2));
+    let side = window * (1 << (stages - 1)) * rng.between(1, 2) * patch;
+    let mut config = Config::default();
+    config.set("img_size", side).set("patch_size", patch).set("in_chans", rng.between(1, 3)).set("embed_dim", 2 * rng.between(1, 2));
+    config.set("depths", (0..stages).map(|_| rng.between(1, 2)).collect::<Vec<_>>());
+    config.set("num_heads", (0..stages).map(|_| rng.between(1, 2)).collect::<Vec<_>>());
+    config.set("window_size", window).set("mlp_ratio", rng.range(1.0, 2.0)).set("qkv_bias", rng.chance(0.7)).set("qk_scale", serde_json::Value::Null);
+    config.set("ape", rng.chance(0.5)).set("patch_norm", rng.chance(0.5)).set("norm_eps", 1e-5);
+    config
+}

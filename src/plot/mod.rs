@@ -1,0 +1,21 @@
+//! The few pictures that karat draws: line charts (SVG) and grids of image tiles (PNG).
+
+mod chart;
+mod font;
+mod grid;
+pub mod grouping;
+
+pub use chart::{Chart, Series, line_chart_svg};
+pub use grid::{Grid, Tile, image_grid_png};
+
+use std::path::Path;
+
+use crate::Result;
+
+/// Writes a chart to an SVG file, atomically.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn save_line_chart(path: impl AsRef<Path>, chart: &Chart) -> Result<()> {
+    crate::fs::write_atomic(path, line_chart_svg(chart).as_bytes())
+}

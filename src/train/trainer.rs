@@ -1,0 +1,206 @@
+//! The training loop.
+//!
+//! Step `s` is a function of the state after step `s − 1` and the configuration: batch, augmentation, masks and learning rate are
+//! computed from (seed, epoch, step). So a run that was killed goes on from its last save and ends in the same bits.
+
+use std::fs;
+use std::path::Path;
+use std::time::Instant;
+
+use rayon::prelude::*;
+
+use super::checkpoint::{CHECKPOINT, Checkpoint, STATE, encode, items};
+use super::config::TrainConfig;
+use super::metrics::{METRICS, Metrics, StepReport};
+use super::optimizer::{Optimizer, clip};
+use super::schedule::Schedule;
+use crate::data::{Dataset, Loader, LoaderOptions};
+use crate::fs::write_atomic;
+use crate::mim::{Objective, StepKey};
+use crate::nn::Params;
+use crate::tensor::Tensor;
+use crate::{Error, Result};
+
+/// A training run.
+pub struct Trainer<'a, O: Objective> {
+    objective: &'a O,
+    config: TrainConfig,
+    loader: Loader<'a>,
+    schedule: Schedule,
+    params: Params<f32>,
+    grads: Params<f32>,
+    optimizer: Optimizer,
+    /// Steps done.
+    step: u64,
+    /// The epoch whose order is held, and the order.
+    order: (Option<u64>, Vec<usize>),
+    images: Tensor<f32>,
+    labels: Vec<usize>,
+}
+
+impl<'a, O: Objective> Trainer<'a, O> {
+    /// A run from its beginning.
+    ///
+    /// # Errors
+    /// If the configuration does not fit the data.
+    pub fn new(objective: &'a O, dataset: &'a Dataset, config: TrainConfig) -> Result<Self> {
+        let config = config.checked()?;
+        let (size, channels) = objective.image_shape();
+        let transform = config.training_transform((size, channels))?;
+        let options = LoaderOptions { batch: config.batch, seed: config.seed, shuffle: true, drop_last: true };
+        let loader = Loader::new(dataset, transform, options)?;
+        let schedule = config.schedule(config.steps(loader.steps() as u64));
+        let params = Params::init(objective.layout(), config.seed);
+        Ok(Trainer {
+            objective,
+            loader,
+            schedule,
+            grads: Params::zeros(objective.layout()),
+            optimizer: Optimizer::new(&params, config.betas, config.weight_decay),
+            params,
+            step: 0,
+            order: (None, Vec::new()),
+            images: Tensor::zeros([config.batch, channels, size, size]),
+            labels: vec![0; config.batch],
+            config,
+        })
+    }
+
+    /// The run whose last save is `state`, where it stopped; the configuration is the saved one.
+    ///
+    /// # Errors
+    /// If the state is not of this network or this data.
+    pub fn resume(objective: &'a O, dataset: &'a Dataset, state: &Checkpoint) -> Result<Self> {
+        let mut trainer = Self::new(objective, dataset, saved_config(state)?)?;
+        let number = |key: &str| state.need_meta(key)?.parse::<u64>().map_err(|_| state.error(format!("metadata `{key}` is not a number")));
+        let (images, found) = (number("images")?, dataset.len() as u64);
+        if images != found {
+            return Err(state.error(format!("the run began with {images} images; `{}` now has {found}", dataset.name())));
+        }
+        trainer.step = number("step")?;
+        let Optimizer { m, v, .. } = &mut trainer.optimizer;
+        state.fill(&mut [("params.", &mut trainer.params, true), ("m.", m, false), ("v.", v, false)])?;
+        Ok(trainer)
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &TrainConfig {
+        &self.config
+    }
+
+    /// The parameters as they are now.
+    pub fn params(&self) -> &Params<f32> {
+        &self.params
+    }
+
+    /// Steps done and all steps.
+    pub fn progress(&self) -> (u64, u64) {
+        (self.step, self.schedule.steps)
+    }
+
+    /// One optimizer step.
+    ///
+    /// # Errors
+    /// If an image cannot be read or the loss or gradient is not finite; the parameters are then as before.
+    pub fn step(&mut self) -> Result<StepReport> {
+        let started = Instant::now();
+        let per_epoch = self.loader.steps() as u64;
+        let (epoch, within) = (self.step / per_epoch, (self.step % per_epoch) as usize);
+        self.load_order(epoch)?;
+        let batch = self.config.batch;
+        let indices = &self.order.1[within * batch..(within + 1) * batch];
+        self.loader.fill(epoch, indices, self.images.data_mut(), &mut self.labels)?;
+
+        self.grads.flat_mut().par_chunks_mut(1 << 16).for_each(|chunk| chunk.fill(0.0));
+        let key = StepKey { seed: self.config.seed, step: self.step };
+        let loss = f64::from(self.objective.loss(&self.params, Some(&mut self.grads), &self.images, key)?);
+        let (grad_norm, scale) = clip(&self.grads, self.config.clip);
+        if !(loss.is_finite() && grad_norm.is_finite()) {
+            let message = format!("{loss} with gradient norm {grad_norm} at step {}; try a smaller learning rate", self.step + 1);
+            return Err(Error::value("loss", message));
+        }
+        let lr = self.schedule.rate(self.step);
+        self.optimizer.step(&mut self.params, &self.grads, lr, self.step + 1, scale);
+        self.step += 1;
+        let seconds = started.elapsed().as_secs_f64();
+        Ok(StepReport { step: self.step, steps: self.schedule.steps, epoch, loss, lr, grad_norm, images: batch, seconds })
+    }
+
+    fn load_order(&mut self, epoch: u64) -> Result<()> {
+        if self.order.0 != Some(epoch) {
+            let order = self.loader.epoch(epoch);
+            self.order.1.clear();
+            for step in 0..order.steps() {
+                self.order.1.extend_from_slice(order.indices(step)?);
+            }
+            self.order.0 = Some(epoch);
+        }
+        Ok(())
+    }
+
+    /// Trains to the end, with metrics, states and checkpoints in `folder`; `progress` hears of every step.
+    ///
+    /// A state is saved before the first step too: a run killed at any moment can be resumed.
+    ///
+    /// # Errors
+    /// As [`Trainer::step`], or if a file cannot be written.
+    pub fn run(&mut self, folder: &Path, progress: &mut dyn FnMut(&StepReport)) -> Result<()> {
+        prepare_folder(folder)?;
+        let every = if self.config.save_every == 0 { self.loader.steps() as u64 } else { self.config.save_every };
+        let mut metrics = Metrics::open(folder, self.step)?;
+        self.save(folder)?;
+        while self.step < self.schedule.steps {
+            let report = self.step()?;
+            metrics.push(&report)?;
+            progress(&report);
+            if self.step % every == 0 || self.step == self.schedule.steps {
+                metrics.flush()?;
+                self.save(folder)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes `state.safetensors`, whole in one file, then `checkpoint.safetensors`, which follows from it.
+    ///
+    /// # Errors
+    /// If a file cannot be written; the old one is then untouched.
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        let config = self.config.to_json().to_string();
+        let version = ("karat", env!("CARGO_PKG_VERSION").to_string());
+        let state: Vec<_> = items("params.", &self.params, true)
+            .chain(items("m.", &self.optimizer.m, false))
+            .chain(items("v.", &self.optimizer.v, false))
+            .collect();
+        let images = self.loader.dataset().len();
+        let metadata = [version.clone(), ("config", config.clone()), ("step", self.step.to_string()), ("images", images.to_string())];
+        write_atomic(folder.join(STATE), &encode(&state, &metadata))?;
+        let checkpoint: Vec<_> = items("", &self.params, true).collect();
+        write_atomic(folder.join(CHECKPOINT), &encode(&checkpoint, &[version, ("config", config), ("step", self.step.to_string())]))
+    }
+}
+
+/// The configuration that a checkpoint or state was saved with.
+///
+/// # Errors
+/// If there is none.
+pub fn saved_config(file: &Checkpoint) -> Result<TrainConfig> {
+    TrainConfig::from_json(file.need_meta("config")?).map_err(|e| file.error(e.to_string()))
+}
+
+/// Every file that a run writes into its folder.
+const FILES: [&str; 6] = [STATE, CHECKPOINT, METRICS, "config.toml", "loss.svg", "reconstruction.png"];
+
+/// Makes the folder of a run, and removes the temporary files that a killed run left in it: a process that happens to have the
+/// same number could not write its own.
+pub(crate) fn prepare_folder(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
+    for entry in fs::read_dir(folder).map_err(|e| Error::io(folder, e))? {
+        let path = entry.map_err(|e| Error::io(folder, e))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.ends_with(".tmp") && FILES.iter().any(|of| name.starts_with(&format!(".{of}."))) {
+            fs::remove_file(&path).map_err(|e| Error::io(&path, e))?;
+        }
+    }
+    Ok(())
+}
