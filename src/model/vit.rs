@@ -264,7 +264,7 @@ impl Encoder {
         let share = T::ONE / T::of(n - self.prefix());
         for (mean, x) in mean.data_mut().chunks_exact_mut(c).zip(tokens.data().chunks_exact(n * c)) {
             reduce::add_column_sums(mean, &x[self.prefix() * c..]);
-            mean.iter_mut().for_each(|x| *x = *x * share);
+            mean.iter_mut().for_each(|x| *x *= share);
         }
         Ok(mean)
     }
@@ -541,7 +541,7 @@ impl Operation for ModelVitDistilled {
             let d_dist = if training {
                 run.cotangent("logits_dist", dist.shape())?
             } else {
-                d_class.data_mut().iter_mut().for_each(|x| *x = *x * half);
+                d_class.data_mut().iter_mut().for_each(|x| *x *= half);
                 d_class.clone()
             };
             if let Some(d_image) = model.backward(&p, &mut g, saved, [&d_class, &d_dist], true)? {
