@@ -12,7 +12,7 @@ use crate::tensor::{Buffer, Float};
 const PACK_LIMIT: usize = 1 << 20;
 /// Register tiles per task, in rows and columns: B's part of a task fits L2.
 const TASK_ROWS: usize = 8;
-const TASK_COLS: usize = 10;
+const TASK_COLS: usize = 12;
 /// Products below this many run on the calling thread.
 const PARALLEL_FROM: usize = 1 << 18;
 
@@ -77,36 +77,39 @@ impl Kernel<f32> for Task<'_> {
         let TileShape { rows: tile_rows, vectors } = V::TILE;
         let rows = self.rows.1 - self.rows.0;
         let strips = rows.div_ceil(tile_rows);
-        // In-place A needs unit column stride, and rows that do not all fall into the same cache sets.
-        let in_place = self.a.col_stride() == 1 && !(self.a.row_stride() * 4).is_multiple_of(2048);
-        let mut scratch = Buffer::<f32>::scratch(if in_place { 0 } else { tile_rows * KC });
+        // A is read in place if its columns follow each other and its rows do not all fall into one set of an L1 cache.
+        let in_place = self.a.col_stride() == 1 && !(self.a.row_stride() * 4).is_multiple_of(4096);
+        let mut scratch = Buffer::<f32>::scratch(if in_place { 0 } else { tile_rows.max(LANES) * COPY_STRIDE });
         for kb in (0..self.k).step_by(KC) {
             let depth = KC.min(self.k - kb);
             let add = self.epilogue.accumulate || !self.first_pass || kb > 0;
             let last = self.last_pass && kb + depth == self.k;
-            for strip in 0..strips {
+            let panels = self.panels.1 - self.panels.0;
+            let mut copied = (usize::MAX, (0, 0));
+            for index in 0..strips * panels {
+                let (strip, p) = (index / panels, index % panels);
                 let (r0, r1) = share(rows, strips, strip);
                 let (r0, r1) = (self.rows.0 + r0, self.rows.0 + r1);
                 let source = self.a.rows_from(r0, r1 - r0).cols_from(self.k0 + kb, depth);
                 let (a, a_row, a_col) = if in_place {
                     (source.data().as_ptr(), source.row_stride(), 1)
                 } else {
-                    pack_strip::<V>(source, tile_rows, &mut scratch);
-                    (scratch.as_ptr(), 1, tile_rows)
+                    if copied.0 != strip {
+                        copied = (strip, copy_strip::<V>(source, tile_rows, &mut scratch));
+                    }
+                    (scratch.as_ptr(), copied.1.0, copied.1.1)
                 };
-                for p in self.panels.0..self.panels.1 {
-                    let (first, v) = panel(self.n, vectors, p);
-                    let cols = (v * LANES).min(self.n - first);
-                    // SAFETY: `first` and the strip lie inside C and in no other task; the panel has `self.k` rows.
-                    unsafe {
-                        let c = self.c.add(r0 * self.c_row + first);
-                        let b = self.packed.as_ptr().add(self.k * first + kb * v * LANES);
-                        tile_of::<V>(r1 - r0, v, Tile { k: depth, a, a_row, a_col, b, c, c_row: self.c_row, cols, add });
-                        if last {
-                            for r in r0..r1 {
-                                let row = std::slice::from_raw_parts_mut(self.c.add(r * self.c_row + first), cols);
-                                self.epilogue.finish::<V>(r, first, row);
-                            }
+                let (first, v) = panel(self.n, vectors, self.panels.0 + p);
+                let cols = (v * LANES).min(self.n - first);
+                // SAFETY: `first` and the strip lie inside C and in no other task; the panel has `self.k` rows.
+                unsafe {
+                    let c = self.c.add(r0 * self.c_row + first);
+                    let b = self.packed.as_ptr().add(self.k * first + kb * v * LANES);
+                    tile_of::<V>(r1 - r0, v, Tile { k: depth, a, a_row, a_col, b, c, c_row: self.c_row, cols, add });
+                    if last && !self.epilogue.is_plain() {
+                        for r in r0..r1 {
+                            let row = std::slice::from_raw_parts_mut(self.c.add(r * self.c_row + first), cols);
+                            self.epilogue.finish::<V>(r, first, row);
                         }
                     }
                 }
@@ -128,21 +131,31 @@ impl Kernel<f32> for Task<'_> {
     }
 }
 
-/// Packs up to `tile_rows` rows of A, column after column.
+/// The distance between rows of A copied for a task: a block, and a cache line that moves each row to other cache sets.
+const COPY_STRIDE: usize = KC + LANES;
+
+/// Copies a strip of A to where a tile reads it well; returns its row and column strides there.
 #[inline(always)]
-fn pack_strip<V: Vector<f32>>(a: Mat<f32>, tile_rows: usize, out: &mut [f32]) {
+fn copy_strip<V: Vector<f32>>(a: Mat<f32>, tile_rows: usize, out: &mut [f32]) -> (usize, usize) {
     let (rows, rs, cs, data) = (a.rows(), a.row_stride(), a.col_stride(), a.data());
-    if rs == 1 {
-        for (p, col) in out.chunks_exact_mut(tile_rows).take(a.cols()).enumerate() {
-            col[..rows].copy_from_slice(&data[p * cs..p * cs + rows]);
+    if cs == 1 {
+        for (i, row) in out.chunks_exact_mut(COPY_STRIDE).take(rows).enumerate() {
+            row[..a.cols()].copy_from_slice(&data[i * rs..i * rs + a.cols()]);
         }
-    } else {
-        for i in 0..rows {
-            for p in 0..a.cols() {
-                out[p * tile_rows + i] = data[i * rs + p * cs];
+        return (COPY_STRIDE, 1);
+    }
+    for p in 0..a.cols() {
+        let (to, from) = (p * tile_rows, p * cs);
+        if rs == 1 && from + LANES <= data.len() {
+            // Whole vectors: what is too much is overwritten by the next column, or is never read.
+            V::load(&data[from..]).store(&mut out[to..]);
+        } else {
+            for i in 0..rows {
+                out[to + i] = data[from + i * rs];
             }
         }
     }
+    (1, tile_rows)
 }
 
 /// An [`Epilogue`] whose outputs are pointers that tasks share.

@@ -123,8 +123,13 @@ pub fn pack_panel(b: Mat<f32>, first: usize, vectors: usize, out: &mut [f32]) {
     if cs == 1 {
         for (p, row) in out.chunks_exact_mut(width).enumerate() {
             let from = p * rs + first;
-            row[..cols].copy_from_slice(&data[from..from + cols]);
-            row[cols..].fill(0.0);
+            if cols == 2 * LANES {
+                // A constant length: moves, not a call.
+                row[..2 * LANES].copy_from_slice(&data[from..from + 2 * LANES]);
+            } else {
+                row[..cols].copy_from_slice(&data[from..from + cols]);
+                row[cols..].fill(0.0);
+            }
         }
         return;
     }

@@ -1,6 +1,7 @@
 //! `karat bench`: measures, in one run and by turns, so that ratios hold on a busy machine.
 
 mod gemm;
+mod mim;
 mod peak;
 
 use std::io::Write;
@@ -20,6 +21,7 @@ use crate::fs::write_atomic;
 pub enum Bench {
     Peak(peak::Peak),
     Gemm(gemm::Gemm),
+    Mim(mim::Mim),
 }
 
 impl Bench {
@@ -27,6 +29,7 @@ impl Bench {
         match self {
             Bench::Peak(command) => command.run(out),
             Bench::Gemm(command) => command.run(out, threads),
+            Bench::Mim(command) => command.run(out),
         }
     }
 }
