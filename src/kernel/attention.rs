@@ -127,11 +127,14 @@ fn gather<T: Float>(out: &mut [T], x: &Operand<T>, first: usize, tokens: &[u32],
     }
 }
 
+/// One head's bias table, its side, and the positions of queries and keys in it.
+type HeadBias<'a, T> = (&'a [T], usize, &'a [u32], &'a [u32]);
+
 /// Scores of some rows → exponentials, with the running maximum and sum of the online softmax.
 struct Softmax<'a, T> {
     scores: &'a mut [T],
     keys: usize,
-    bias: Option<(&'a [T], usize, &'a [u32], &'a [u32])>,
+    bias: Option<HeadBias<'a, T>>,
     /// Per row: maximum and sum so far, and the factor by which earlier results must shrink.
     state: &'a mut [[T; 3]],
 }
@@ -164,7 +167,7 @@ impl<T: Float> Kernel<T> for Softmax<'_, T> {
 }
 
 #[inline(always)]
-fn add_bias<T: Float>(row: &mut [T], i: usize, bias: Option<(&[T], usize, &[u32], &[u32])>) {
+fn add_bias<T: Float>(row: &mut [T], i: usize, bias: Option<HeadBias<T>>) {
     if let Some((table, side, queries, keys)) = bias {
         let line = &table[queries[i] as usize * side..(queries[i] as usize + 1) * side];
         for (x, &k) in row.iter_mut().zip(keys) {
@@ -177,7 +180,7 @@ fn add_bias<T: Float>(row: &mut [T], i: usize, bias: Option<(&[T], usize, &[u32]
 struct Again<'a, T> {
     scores: &'a mut [T],
     keys: usize,
-    bias: Option<(&'a [T], usize, &'a [u32], &'a [u32])>,
+    bias: Option<HeadBias<'a, T>>,
     stats: &'a [T],
 }
 

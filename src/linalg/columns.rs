@@ -20,7 +20,7 @@ unsafe impl<T: Send> Send for ColumnsMut<'_, T> {}
 impl<'a, T> ColumnsMut<'a, T> {
     /// The whole matrix of rows of `stride` elements. Panics unless `data` is a whole number of rows.
     pub fn new(data: &'a mut [T], stride: usize) -> Self {
-        let rows = if stride == 0 { 0 } else { data.len() / stride };
+        let rows = data.len().checked_div(stride).unwrap_or(0);
         assert_eq!(rows * stride, data.len(), "columns of a ragged matrix");
         ColumnsMut { first: data.as_mut_ptr(), rows, stride, width: stride, borrow: PhantomData }
     }

@@ -145,8 +145,8 @@ pub fn pack_panel(b: Mat<f32>, first: usize, vectors: usize, out: &mut [f32]) {
                     let from = (first + j0 + j) * cs + p0;
                     row.copy_from_slice(&data[from..from + BLOCK]);
                 }
-                for p in 0..BLOCK {
-                    let to = (p0 + p) * width + j0;
+                for (p, column) in (p0..p0 + BLOCK).enumerate() {
+                    let to = column * width + j0;
                     for (j, x) in out[to..to + BLOCK].iter_mut().enumerate() {
                         *x = block[j][p];
                     }

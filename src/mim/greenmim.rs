@@ -256,7 +256,7 @@ impl Operation for GreenMimOp {
 
     fn inputs(config: &Config, draw: &mut Draw) -> Result<()> {
         let side = config.positive("img_size")?;
-        let cells = side / config.positive("patch_size")? >> (config.usizes("depths")?.len() - 1);
+        let cells = (side / config.positive("patch_size")?) >> (config.usizes("depths")?.len() - 1);
         let batch = draw.size("batch", 1, 2);
         draw.normal("image", [batch, config.positive("in_chans")?, side, side]);
         draw.uniform("noise", [cells * cells]);

@@ -101,7 +101,11 @@ pub fn config(method: &str, model: &str, image_size: usize, mask_ratio: Option<f
     config.set("img_size", image_size).set("in_chans", 3).set("mlp_ratio", 4.0).set("qkv_bias", true);
     if let Some(size) = VIT_SIZES.iter().find(|s| s.name == model) {
         let [dim, depth, heads] = size.decoder;
-        config.set("patch_size", size.patch_size).set("embed_dim", size.embed_dim).set("depth", size.depth).set("num_heads", size.num_heads);
+        config
+            .set("patch_size", size.patch_size)
+            .set("embed_dim", size.embed_dim)
+            .set("depth", size.depth)
+            .set("num_heads", size.num_heads);
         config.set("decoder_embed_dim", dim).set("decoder_depth", depth).set("decoder_num_heads", heads);
         config.set("norm_eps", 1e-6).set("mask_ratio", mask_ratio.unwrap_or(0.75)).set("norm_pix_loss", true);
         return Ok(config);
@@ -127,6 +131,15 @@ pub fn config(method: &str, model: &str, image_size: usize, mask_ratio: Option<f
         config.set("mask_ratio", mask_ratio.unwrap_or(0.6));
     }
     Ok(config)
+}
+
+/// The image size that a network is published at: 32 pixels for the small ones made for the built-in images, else 224.
+pub fn default_image_size(model: &str) -> Result<usize> {
+    let known = || SWIN.iter().chain(&VIT).copied();
+    if !known().any(|name| name == model) {
+        return Err(Error::unknown("model", model, known()));
+    }
+    Ok(if model.ends_with("_micro") || model.ends_with("_nano") { 32 } else { 224 })
 }
 
 /// The objective `method` on `model`; `mask_ratio` is the method's own where it is not given.

@@ -212,7 +212,7 @@ impl Operation for Model {
 
     fn inputs(config: &Config, draw: &mut Draw) -> Result<()> {
         let side = config.positive("img_size")?;
-        let cells = side / config.positive("patch_size")? >> (config.usizes("depths")?.len() - 1);
+        let cells = (side / config.positive("patch_size")?) >> (config.usizes("depths")?.len() - 1);
         let batch = draw.size("batch", 1, 2);
         let mut mask: Vec<i64> = (0..cells * cells).map(|_| i64::from(draw.rng.chance(0.5))).collect();
         mask[0] = 0;

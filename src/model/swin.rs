@@ -222,9 +222,12 @@ pub struct Encoder {
     norm: LayerNorm,
 }
 
+/// The blocks of a stage and its merging.
+type StageSaved<T> = (Vec<vit_block::Saved<T>>, Option<MergingSaved<T>>);
+
 /// What the backward pass needs.
 pub struct EncoderSaved<T: Float> {
-    stages: Vec<(Vec<vit_block::Saved<T>>, Option<MergingSaved<T>>)>,
+    stages: Vec<StageSaved<T>>,
     last: Tensor<T>,
     stats: Stats<T>,
 }

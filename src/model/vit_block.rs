@@ -53,7 +53,7 @@ pub struct Saved<T: Float> {
 /// `⌊dim · ratio⌋`: the hidden width of an MLP.
 pub fn hidden_width(dim: usize, ratio: f64) -> Result<usize> {
     let hidden = dim as f64 * ratio;
-    if hidden >= 1.0 && hidden < 1e9 {
+    if (1.0..1e9).contains(&hidden) {
         Ok(hidden as usize)
     } else {
         Err(Error::config("mlp_ratio", format!("expected a hidden width of at least 1, found {dim} · {ratio}")))

@@ -218,7 +218,7 @@ mod tests {
     fn classes_waste_at_most_an_eighth() {
         for bytes in [1, 64, 65, 4000, 5000, 1 << 20, (1 << 20) + 1, 100_000_003] {
             let class = size_class(bytes);
-            assert!(class >= bytes && class % ALIGN == 0, "{bytes} → {class}");
+            assert!(class >= bytes && class.is_multiple_of(ALIGN), "{bytes} → {class}");
             assert!(class - bytes <= (bytes / 8).max(HUGE_PAGE.min(bytes / 2)).max(ALIGN), "{bytes} → {class}");
         }
     }

@@ -65,8 +65,14 @@ impl Mim {
         }
         let green = (median(&candidates[0].seconds), candidates[0].peak);
         if self.report.talks() {
-            say(out, format!("{}, batch {}, back end {}, {} threads", self.model, self.batch, simd::isa().name(), rayon::current_num_threads()))?;
-            say(out, format!("{:<14}{:>12}{:>18}{:>14}{:>14}{:>16}", "", "s per step", "activations MB", "peak MB", "time ratio", "activations"))?;
+            say(
+                out,
+                format!("{}, batch {}, back end {}, {} threads", self.model, self.batch, simd::isa().name(), rayon::current_num_threads()),
+            )?;
+            say(
+                out,
+                format!("{:<14}{:>12}{:>18}{:>14}{:>14}{:>16}", "", "s per step", "activations MB", "peak MB", "time ratio", "activations"),
+            )?;
         }
         let mut rows = Vec::new();
         for ((method, size), c) in RUNS.iter().zip(&candidates) {
@@ -75,7 +81,15 @@ impl Mim {
             if self.report.talks() {
                 let mb = |bytes: usize| bytes as f64 / 1e6;
                 let name = format!("{method} {size}");
-                say(out, format!("{name:<14}{seconds:>12.3}{:>18.0}{:>14.0}{ratio:>13.2}×{:>15.1}%", mb(c.peak[0]), mb(c.peak[1]), -100.0 * saved))?;
+                say(
+                    out,
+                    format!(
+                        "{name:<14}{seconds:>12.3}{:>18.0}{:>14.0}{ratio:>13.2}×{:>15.1}%",
+                        mb(c.peak[0]),
+                        mb(c.peak[1]),
+                        -100.0 * saved
+                    ),
+                )?;
             }
             rows.push(json!({
                 "method": method, "image_size": size, "seconds": c.seconds, "seconds_per_step": seconds,
@@ -83,7 +97,8 @@ impl Mim {
             }));
         }
         let threads = rayon::current_num_threads();
-        self.report.finish(out, &json!({ "model": self.model, "batch": self.batch, "threads": threads, "isa": simd::isa().name(), "runs": rows }))
+        self.report
+            .finish(out, &json!({ "model": self.model, "batch": self.batch, "threads": threads, "isa": simd::isa().name(), "runs": rows }))
     }
 }
 
