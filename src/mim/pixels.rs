@@ -15,7 +15,7 @@ use rayon::prelude::*;
 use crate::error::{Error, Result};
 use crate::kernel::rows;
 use crate::nn::{Init, Linear, Names, Params};
-use crate::tensor::{Float, Tensor};
+use crate::tensor::{Buffer, Float, Tensor};
 
 /// ε inside the root of both normalisations.
 const EPS: f64 = 1e-6;
@@ -124,7 +124,7 @@ impl MaskedPixelLoss {
         if count == 0 {
             return Err(Error::config("mask_ratio", "expected at least one masked patch: the loss is a mean over them"));
         }
-        let mut parts = vec![0.0; b * l];
+        let mut parts = Buffer::<f64>::zeros(b * l);
         parts.par_iter_mut().enumerate().filter(|(i, _)| hidden[*i]).for_each(|(i, part)| {
             let rows = pred.data()[i * n..(i + 1) * n].iter().zip(&target.data()[i * n..(i + 1) * n]);
             *part = rows.fold(0.0, |sum, (p, t)| sum + (*p - *t).to_f64() * (*p - *t).to_f64());
@@ -299,7 +299,7 @@ impl MaskedL1Loss {
         let masked = hidden.iter().filter(|&&m| m).count() * self.patch * self.patch;
         let hidden = hidden_pixels::<T>(hidden, shape, self.patch)?;
         let factor = 1.0 / ((masked as f64 + 1e-5) * c as f64);
-        let mut parts = vec![0.0; pred.data().len().div_ceil(h * w)];
+        let mut parts = Buffer::<f64>::zeros(pred.data().len().div_ceil(h * w));
         parts.par_iter_mut().enumerate().for_each(|(i, part)| {
             let plane = i * h * w..(i + 1) * h * w;
             let pairs = pred.data()[plane.clone()].iter().zip(&target.data()[plane.clone()]).zip(&hidden.data()[plane]);
