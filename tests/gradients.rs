@@ -30,7 +30,7 @@ fn is_surrogate(case: &Case, tensor: &str) -> bool {
 }
 
 fn cases_per_operation() -> u64 {
-    std::env::var("KARAT_SOAK_CASES").map_or(24, |n| n.parse().expect("KARAT_SOAK_CASES is a number"))
+    std::env::var("KARAT_SOAK_CASES").map_or(256, |n| n.parse().expect("KARAT_SOAK_CASES is a number"))
 }
 
 /// Runs `check` on random cases of every operation and fails with all that it said.
