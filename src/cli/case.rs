@@ -21,7 +21,7 @@ pub enum Case {
 /// Make a golden case: random inputs and parameters, outputs and gradients from an f64 run
 #[derive(Args)]
 #[command(
-    after_help = "Example: karat case new attention.softmax --config '{\"dim\": 12, \"num_heads\": 3}' --size batch=2 -o case.safetensors"
+    after_help = "Example: karat case new attention.softmax --config '{\"dim\": 12, \"num_heads\": 3, \"qkv_bias\": true, \"proj_bias\": true, \"qk_norm\": false}' --size batch=2 -o case.safetensors"
 )]
 pub struct New {
     /// The operation (see `karat list ops`)
@@ -48,7 +48,7 @@ fn size(text: &str) -> Result<(String, usize), String> {
 
 /// Show operation, configuration and tensors of a golden case
 #[derive(Args)]
-#[command(after_help = "Example: karat case show fixtures/cases/attention.window/basic.safetensors")]
+#[command(after_help = "Example: karat case show fixtures/cases/attention.window/shift-8x8-w4.safetensors")]
 pub struct Show {
     /// The golden case
     #[arg(value_name = "FILE")]
