@@ -5,7 +5,7 @@
 //!
 //! Backward: the projections as linear layers; in between [`kernel::attention`](crate::kernel::attention).
 
-use crate::case::{Config, Draw, Operation, Run};
+use crate::case::{BenchSize, Benchmark, Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::{Error, Result};
 use crate::kernel::attention::{self as core, Bias, Gradients, Groups, Operand, Sizes};
 use crate::linalg::ColumnsMut;
@@ -251,6 +251,19 @@ impl Operation for SoftmaxAttention {
         Ok(())
     }
 
+    fn cost(config: &Config, inputs: &Shapes) -> Result<Option<Cost>> {
+        let ([b, n, c], h) = (inputs.dims("x")?, config.positive("num_heads")?);
+        // qkv and proj: 4 C² per token; scores and weighted values: 2 C per pair of tokens.
+        let flops = 2 * b * n * (4 * c * c + 2 * n * c);
+        // qkv, the attention's output, y; maximum and sum per row and head; with norms, q and k again and their statistics.
+        let norms = if config.bool("qk_norm")? { 2 * c + 4 * h } else { 0 };
+        Ok(Some(Cost { flops, activation_bytes: 4 * b * n * (3 * c + c + c + 2 * h + norms) }))
+    }
+
+    fn bench(size: BenchSize) -> Option<Benchmark> {
+        Some(Benchmark::new(size).set("qkv_bias", true).set("proj_bias", true).set("qk_norm", false))
+    }
+
     fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
         let config = run.config();
         let settings = Settings {
@@ -262,18 +275,13 @@ impl Operation for SoftmaxAttention {
             scale: None,
         };
         let (layer, layout) = Layout::build(|names| Attention::new(names.here(), settings, crate::nn::normal_02))?;
-        let p = run.params(&layout)?;
         let x = run.input("x")?;
         let [_, tokens, _] = x.dims("x")?;
         let groups = Groups::all(tokens, tokens);
-        let (y, saved) = layer.forward(&p, &x, &groups, None, None)?;
-        run.output("y", &y);
-        if run.backward() {
-            let mut g = run.zero_grads(&p);
-            let dx = layer.backward(&p, &mut g, &x, saved, &groups, None, &run.cotangent("y", y.shape())?)?;
-            run.grad_input("x", &dx);
-            run.grad_params(&g);
-        }
-        Ok(())
+        run.unary(
+            &layout,
+            |p, x| layer.forward(p, x, &groups, None, None),
+            |p, g, saved, dy| layer.backward(p, g, &x, saved, &groups, None, dy),
+        )
     }
 }

@@ -19,6 +19,6 @@ pub use compare::{Bound, Finding, Worst};
 pub use config::Config;
 pub use format::{Case, Element, Stock};
 pub use make::new_case;
-pub use op::{Draw, Op, Operation, Run, Tensors, Value};
+pub use op::{BenchSize, Benchmark, Cost, Draw, Middle, Op, Operation, Run, Shapes, Tensors, Value};
 pub use registry::{find, operations};
 pub use verify::{Dtype, Report, Verdict, judge, judge_with, verify_case, verify_with};

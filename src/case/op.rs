@@ -1,13 +1,16 @@
 //! What an operation is to the rest of karat: something that runs forward and backward on named tensors.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::config::Config;
 use crate::error::{Error, Result};
+use crate::linalg::flops_so_far;
 use crate::nn::{Layout, Params};
 use crate::tensor::random::Rng;
-use crate::tensor::{Float, IntTensor, Shape, Tensor};
+use crate::tensor::{Float, IntTensor, Shape, Tensor, pool};
 
 /// A named tensor of a case: floats of the precision in use, or integers.
 #[derive(Clone, Debug)]
@@ -31,6 +34,90 @@ impl<T: Float> Value<T> {
 /// Named tensors, in order of name.
 pub type Tensors<T> = BTreeMap<String, Value<T>>;
 
+/// The shapes of an operation's inputs, by name without the `input.` prefix.
+#[derive(Clone, Debug, Default)]
+pub struct Shapes(BTreeMap<String, Shape>);
+
+impl Shapes {
+    /// The shapes of the `input.*` among named tensors.
+    pub fn of<T: Float>(tensors: &Tensors<T>) -> Self {
+        Shapes(tensors.iter().filter_map(|(name, value)| Some((name.strip_prefix("input.")?.to_string(), value.shape()))).collect())
+    }
+
+    /// The dimensions of an input: `let [b, n, c] = shapes.dims("x")?`.
+    pub fn dims<const R: usize>(&self, name: &str) -> Result<[usize; R]> {
+        let shape = self.0.get(name).ok_or_else(|| Error::missing(format!("input `{name}`")))?;
+        shape.dims(&format!("input `{name}`"))
+    }
+}
+
+/// What a forward pass costs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Floating-point operations, two for each multiply-add of a matrix product, convolution or other contraction. Element-wise work
+    /// (norms, softmax, activations) is not counted.
+    pub flops: usize,
+    /// Bytes in f32 that stay allocated from the forward to the backward pass, beside inputs and parameters: what is saved, and the
+    /// outputs.
+    pub activation_bytes: usize,
+}
+
+impl std::ops::Add for Cost {
+    type Output = Cost;
+    fn add(self, other: Cost) -> Cost {
+        Cost { flops: self.flops + other.flops, activation_bytes: self.activation_bytes + other.activation_bytes }
+    }
+}
+
+/// The size at which `karat bench attention` compares mechanisms: one image of `tokens` tokens of width `dim`, `heads` heads.
+#[derive(Clone, Copy, Debug)]
+pub struct BenchSize {
+    /// Tokens N.
+    pub tokens: usize,
+    /// Width C.
+    pub dim: usize,
+    /// Heads h.
+    pub heads: usize,
+}
+
+impl BenchSize {
+    /// The side of the token grid, if the tokens form a square.
+    pub fn side(&self) -> Option<usize> {
+        let side = self.tokens.isqrt();
+        (side * side == self.tokens).then_some(side)
+    }
+}
+
+/// How an operation runs at a [`BenchSize`].
+#[derive(Clone, Debug, Default)]
+pub struct Benchmark {
+    /// The configuration.
+    pub config: Config,
+    /// The sizes that the configuration leaves open, as [`Draw::size`] names them.
+    pub sizes: BTreeMap<String, usize>,
+}
+
+impl Benchmark {
+    /// A configuration with `dim` and `num_heads`, for one image (`batch` 1) of `tokens` tokens.
+    pub fn new(size: BenchSize) -> Self {
+        let mut config = Config::default();
+        config.set("dim", size.dim).set("num_heads", size.heads);
+        Benchmark { config, sizes: BTreeMap::new() }.size("batch", 1).size("tokens", size.tokens)
+    }
+
+    /// Sets a key of the configuration.
+    pub fn set(mut self, key: &str, value: impl Into<serde_json::Value>) -> Self {
+        self.config.set(key, value);
+        self
+    }
+
+    /// Fixes an open size.
+    pub fn size(mut self, name: &str, value: usize) -> Self {
+        self.sizes.insert(name.into(), value);
+        self
+    }
+}
+
 /// An operation of the registry. Implemented by a unit struct beside the code it runs.
 ///
 /// The registry's tests walk all operations: golden cases, gradients of `sample`d configurations against central differences,
@@ -48,6 +135,17 @@ pub trait Operation {
 
     /// Random inputs for a configuration. Sizes that the configuration leaves open (batch, tokens) are drawn too.
     fn inputs(config: &Config, draw: &mut Draw) -> Result<()>;
+
+    /// What the forward pass costs for these inputs, by formula; `None` for an operation without arithmetic to speak of. A test holds
+    /// it to what is counted.
+    fn cost(_config: &Config, _inputs: &Shapes) -> Result<Option<Cost>> {
+        Ok(None)
+    }
+
+    /// How the operation runs in `karat bench attention`, if it takes part at this size.
+    fn bench(_size: BenchSize) -> Option<Benchmark> {
+        None
+    }
 
     /// Runs the operation forward and, if [`Run::backward`] says so, backward.
     fn run<T: Float>(run: &mut Run<T>) -> Result<()>;
@@ -95,16 +193,36 @@ pub struct Run<'a, T: Float> {
     given: &'a Tensors<T>,
     /// `output.*`, `grad.*`, `after.*`.
     results: Tensors<T>,
-    layout: Option<Arc<Layout>>,
     /// Fills parameters that are not given (to make a case), from this seed.
     init_seed: Option<u64>,
+    /// The parameters that the operation got.
+    used: Option<Params<T>>,
+    /// Parameters of an earlier run, used instead of those given: nothing is copied between layer and case.
+    prepared: Option<Params<T>>,
     backward: bool,
+    middle: Cell<Option<Middle>>,
+}
+
+/// The moment between the forward and the backward pass of a [`Run`].
+#[derive(Clone, Copy, Debug)]
+pub struct Middle {
+    /// When it was.
+    pub at: Instant,
+    /// Bytes of tensor memory in use.
+    pub live_bytes: usize,
+    /// Operations counted so far, inside [`counted`](crate::linalg::counted).
+    pub flops: u64,
 }
 
 impl<'a, T: Float> Run<'a, T> {
     /// A run on the given tensors. With `init_seed`, parameters that are not given are made up instead of missed.
     pub fn new(config: &'a Config, given: &'a Tensors<T>, backward: bool, init_seed: Option<u64>) -> Self {
-        Run { config, given, results: Tensors::new(), layout: None, init_seed, backward }
+        Run { config, given, results: Tensors::new(), init_seed, used: None, prepared: None, backward, middle: Cell::new(None) }
+    }
+
+    /// A run to be measured: with the parameters of an earlier run, nothing copied between layer and case, results thrown away.
+    pub fn measured(config: &'a Config, given: &'a Tensors<T>, backward: bool, params: Params<T>) -> Self {
+        Run { prepared: Some(params), ..Run::new(config, given, backward, None) }
     }
 
     /// The configuration.
@@ -112,9 +230,23 @@ impl<'a, T: Float> Run<'a, T> {
         self.config
     }
 
-    /// Whether gradients are asked for.
+    /// Whether gradients are asked for. An operation asks once, between its forward and its backward pass: a measured run notes the
+    /// moment.
     pub fn backward(&self) -> bool {
+        if self.middle.get().is_none() {
+            self.middle.set(Some(Middle { at: Instant::now(), live_bytes: pool::stats().live_bytes, flops: flops_so_far() }));
+        }
         self.backward
+    }
+
+    /// The parameters that the operation ran with, for [`measured`](Run::measured); none if it has none.
+    pub fn take_params(&mut self) -> Option<Params<T>> {
+        self.used.take()
+    }
+
+    /// The moment at which the forward pass had ended.
+    pub fn middle(&self) -> Option<Middle> {
+        self.middle.get()
     }
 
     /// A float input.
@@ -142,7 +274,9 @@ impl<'a, T: Float> Run<'a, T> {
 
     /// The parameters and buffers of a model with this layout. Tensors of the case that the layout does not know take no part.
     pub fn params(&mut self, layout: &Arc<Layout>) -> Result<Params<T>> {
-        self.layout = Some(Arc::clone(layout));
+        if let Some(prepared) = &self.prepared {
+            return Ok(prepared.under(layout));
+        }
         let mut params = match self.init_seed {
             Some(seed) => {
                 let mut params = Params::init(layout, seed);
@@ -176,6 +310,7 @@ impl<'a, T: Float> Run<'a, T> {
                 self.results.insert(format!("buffer.{}", entry.name), Value::Float(Tensor::from_fn(entry.param.shape(), |i| data[i])));
             }
         }
+        self.used = Some(params.clone());
         Ok(params)
     }
 
@@ -186,6 +321,9 @@ impl<'a, T: Float> Run<'a, T> {
 
     /// Hands in a float output.
     pub fn output(&mut self, name: &str, value: &Tensor<T>) {
+        if self.prepared.is_some() {
+            return;
+        }
         self.results.insert(format!("output.{name}"), Value::Float(value.clone()));
     }
 
@@ -209,14 +347,42 @@ impl<'a, T: Float> Run<'a, T> {
 
     /// Hands in the gradient of an input.
     pub fn grad_input(&mut self, name: &str, grad: &Tensor<T>) {
+        if self.prepared.is_some() {
+            return;
+        }
         self.results.insert(format!("grad.input.{name}"), Value::Float(grad.clone()));
     }
 
     /// Hands in the gradients of all parameters.
     pub fn grad_params(&mut self, grads: &Params<T>) {
+        if self.prepared.is_some() {
+            return;
+        }
         for entry in grads.layout().params() {
             self.results.insert(format!("grad.param.{}", entry.name), Value::Float(grads.tensor(entry.param)));
         }
+    }
+
+    /// The whole of an operation with one input `x` and one output `y`: `forward(params, x) → (y, saved)`,
+    /// `backward(params, grads, saved, dy) → dx`.
+    pub fn unary<S>(
+        &mut self,
+        layout: &Arc<Layout>,
+        forward: impl FnOnce(&Params<T>, &Tensor<T>) -> Result<(Tensor<T>, S)>,
+        backward: impl FnOnce(&Params<T>, &mut Params<T>, S, &Tensor<T>) -> Result<Tensor<T>>,
+    ) -> Result<()> {
+        let p = self.params(layout)?;
+        let x = self.input("x")?;
+        let (y, saved) = forward(&p, &x)?;
+        self.output("y", &y);
+        if self.backward() {
+            let mut g = self.zero_grads(&p);
+            let dy = self.cotangent("y", y.shape())?;
+            let dx = backward(&p, &mut g, saved, &dy)?;
+            self.grad_input("x", &dx);
+            self.grad_params(&g);
+        }
+        Ok(())
     }
 
     /// Hands in the value of a buffer after the call.
@@ -243,6 +409,10 @@ pub struct Op {
     pub sample: fn(&mut Rng) -> Config,
     /// See [`Operation::inputs`].
     pub inputs: fn(&Config, &mut Draw) -> Result<()>,
+    /// See [`Operation::cost`].
+    pub cost: fn(&Config, &Shapes) -> Result<Option<Cost>>,
+    /// See [`Operation::bench`].
+    pub bench: fn(BenchSize) -> Option<Benchmark>,
     /// [`Operation::run`] in f32.
     pub run_f32: fn(&mut Run<f32>) -> Result<()>,
     /// [`Operation::run`] in f64.
@@ -258,6 +428,8 @@ impl Op {
             data: O::DATA,
             sample: O::sample,
             inputs: O::inputs,
+            cost: O::cost,
+            bench: O::bench,
             run_f32: O::run::<f32>,
             run_f64: O::run::<f64>,
         }

@@ -1,37 +1,32 @@
 //! Every operation, once. Adding one adds one line here; golden tests, gradient checks, `verify`, `case new` and `list` follow.
 
 use super::op::Op;
-use crate::attention::{softmax, window};
 use crate::error::{Error, Result};
-use crate::grouping::ops as group;
-use crate::mim::{greenmim, mae, mask, simmim};
-use crate::model::{green_swin, swin_ops, vit, vit_block};
-use crate::nn::positions;
 
 static OPERATIONS: &[Op] = &[
-    Op::of::<positions::PosEmbedSinCos2d>(),
-    Op::of::<softmax::SoftmaxAttention>(),
-    Op::of::<window::Window>(),
-    Op::of::<window::GroupWindow>(),
-    Op::of::<vit_block::VitBlock>(),
-    Op::of::<swin_ops::Block>(),
-    Op::of::<swin_ops::Merging>(),
-    Op::of::<swin_ops::Model>(),
-    Op::of::<green_swin::Block>(),
-    Op::of::<green_swin::Merging>(),
-    Op::of::<green_swin::Model>(),
-    Op::of::<vit::ModelVit>(),
-    Op::of::<vit::ModelVitDistilled>(),
-    Op::of::<mask::MaskRandom>(),
-    Op::of::<mask::MaskSimMim>(),
-    Op::of::<mae::MimMae>(),
-    Op::of::<simmim::MimSimMim>(),
-    Op::of::<greenmim::GreenMimOp>(),
-    Op::of::<group::GroupKnapsack>(),
-    Op::of::<group::GroupWindows>(),
-    Op::of::<group::GroupOptimal>(),
-    Op::of::<group::GroupSweep>(),
-    Op::of::<group::GroupPlan>(),
+    Op::of::<crate::nn::positions::PosEmbedSinCos2d>(),
+    Op::of::<crate::attention::softmax::SoftmaxAttention>(),
+    Op::of::<crate::attention::window::Window>(),
+    Op::of::<crate::attention::window::GroupWindow>(),
+    Op::of::<crate::model::vit_block::VitBlock>(),
+    Op::of::<crate::model::swin_ops::Block>(),
+    Op::of::<crate::model::swin_ops::Merging>(),
+    Op::of::<crate::model::swin_ops::Model>(),
+    Op::of::<crate::model::green_swin::Block>(),
+    Op::of::<crate::model::green_swin::Merging>(),
+    Op::of::<crate::model::green_swin::Model>(),
+    Op::of::<crate::model::vit::ModelVit>(),
+    Op::of::<crate::model::vit::ModelVitDistilled>(),
+    Op::of::<crate::mim::mask::MaskRandom>(),
+    Op::of::<crate::mim::mask::MaskSimMim>(),
+    Op::of::<crate::mim::mae::MimMae>(),
+    Op::of::<crate::mim::simmim::MimSimMim>(),
+    Op::of::<crate::mim::greenmim::GreenMimOp>(),
+    Op::of::<crate::grouping::ops::GroupKnapsack>(),
+    Op::of::<crate::grouping::ops::GroupWindows>(),
+    Op::of::<crate::grouping::ops::GroupOptimal>(),
+    Op::of::<crate::grouping::ops::GroupSweep>(),
+    Op::of::<crate::grouping::ops::GroupPlan>(),
 ];
 
 /// All operations, in order of the sheets.

@@ -4,12 +4,14 @@
 //! the instruction set, the tile, the packing or the number of threads: the same bits everywhere.
 
 mod columns;
+mod count;
 mod double;
 mod gemm;
 mod micro;
 mod view;
 
 pub use columns::{ColumnsMut, par_blocks};
+pub use count::{count_flops, counted, flops_so_far};
 pub use view::{Mat, MatMut};
 
 use crate::tensor::Float;
@@ -70,6 +72,7 @@ pub trait Gemm: Sized {
 
 impl Gemm for f32 {
     fn gemm(a: Mat<f32>, b: Mat<f32>, c: MatMut<f32>, epilogue: Epilogue<f32>) {
+        count_flops(2 * a.rows() * a.cols() * b.cols());
         gemm::gemm_f32(a, b, c, epilogue);
     }
     fn packed_len(k: usize, n: usize) -> usize {
@@ -79,12 +82,14 @@ impl Gemm for f32 {
         gemm::pack_f32(b, packed);
     }
     fn multiply_packed(a: Mat<f32>, packed: &[f32], c: MatMut<f32>, add: bool) {
+        count_flops(2 * a.rows() * a.cols() * c.cols());
         gemm::multiply_packed_f32(a, packed, c, add);
     }
 }
 
 impl Gemm for f64 {
     fn gemm(a: Mat<f64>, b: Mat<f64>, c: MatMut<f64>, epilogue: Epilogue<f64>) {
+        count_flops(2 * a.rows() * a.cols() * b.cols());
         double::gemm_f64(a, b, c, epilogue);
     }
     fn packed_len(k: usize, n: usize) -> usize {
@@ -94,6 +99,7 @@ impl Gemm for f64 {
         double::pack_f64(b, packed);
     }
     fn multiply_packed(a: Mat<f64>, packed: &[f64], mut c: MatMut<f64>, add: bool) {
+        count_flops(2 * a.rows() * a.cols() * c.cols());
         let b = Mat::new(packed, a.cols(), c.cols());
         double::dgemm(a, b, &mut c, add);
     }

@@ -162,17 +162,20 @@ fn register(entries: &mut Vec<Entry>, len: &mut usize, name: String, shape: Shap
 }
 
 /// The values of all parameters and buffers of a model; also the type of its gradients (whose buffers stay unused).
+///
+/// Cloning shares the memory; writing to shared parameters copies them first.
 #[derive(Clone)]
 pub struct Params<T: Float> {
     layout: Arc<Layout>,
-    values: Buffer<T>,
-    buffers: Buffer<T>,
+    values: Arc<Buffer<T>>,
+    buffers: Arc<Buffer<T>>,
 }
 
 impl<T: Float> Params<T> {
     /// All zero: where gradients and moments start.
     pub fn zeros(layout: &Arc<Layout>) -> Self {
-        Params { layout: Arc::clone(layout), values: Buffer::zeros(layout.params_len), buffers: Buffer::zeros(layout.buffers_len) }
+        let (values, buffers) = (Arc::new(Buffer::zeros(layout.params_len)), Arc::new(Buffer::zeros(layout.buffers_len)));
+        Params { layout: Arc::clone(layout), values, buffers }
     }
 
     /// Initialised as the layers ask, from `seed`; a parameter's numbers depend on its place in the layout alone.
@@ -189,6 +192,12 @@ impl<T: Float> Params<T> {
         params
     }
 
+    /// The same values under a layout of the same sizes: one built anew.
+    pub(crate) fn under(&self, layout: &Arc<Layout>) -> Self {
+        debug_assert!(self.values.len() == layout.params_len && self.buffers.len() == layout.buffers_len);
+        Params { layout: Arc::clone(layout), ..self.clone() }
+    }
+
     /// The layout.
     pub fn layout(&self) -> &Arc<Layout> {
         &self.layout
@@ -201,7 +210,7 @@ impl<T: Float> Params<T> {
 
     /// The values of one parameter, to be changed.
     pub fn get_mut(&mut self, param: Param) -> &mut [T] {
-        &mut self.values[param.offset..param.offset + param.numel()]
+        &mut self.flat_mut()[param.offset..param.offset + param.numel()]
     }
 
     /// The values of one buffer.
@@ -211,7 +220,7 @@ impl<T: Float> Params<T> {
 
     /// The values of one buffer, to be changed.
     pub fn buffer_mut(&mut self, buffer: Param) -> &mut [T] {
-        &mut self.buffers[buffer.offset..buffer.offset + buffer.numel()]
+        &mut Arc::make_mut(&mut self.buffers)[buffer.offset..buffer.offset + buffer.numel()]
     }
 
     /// All trainable values, with the padding between parameters (which is and stays zero).
@@ -221,7 +230,8 @@ impl<T: Float> Params<T> {
 
     /// All trainable values, to be changed.
     pub fn flat_mut(&mut self) -> &mut [T] {
-        &mut self.values
+        let values: &mut Buffer<T> = Arc::make_mut(&mut self.values);
+        values
     }
 
     /// A copy of one parameter as a tensor.

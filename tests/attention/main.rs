@@ -1,0 +1,8 @@
+//! Every attention mechanism against an oracle: plain loops in float64, written from the definition; and the identities that its
+//! sheet names. Shapes are random, small and odd.
+//!
+//! `KARAT_SOAK_CASES=5000` tries that many configurations per mechanism. A failure prints the seed.
+
+mod common;
+
+mod softmax;
