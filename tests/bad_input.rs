@@ -35,7 +35,7 @@ impl Trial<'_> {
     fn refuses(&mut self, what: &str, case: &Case) -> bool {
         match ask(self.op, case) {
             Answer::Panicked(said) => {
-                self.failures.push(format!("{} seed {}: {what}: {said}", self.op.name, self.seed));
+                self.failures.push(format!("{}@{}: {what}: {said}", self.op.name, self.seed));
                 true
             }
             answer => answer == Answer::Refused,
@@ -44,7 +44,7 @@ impl Trial<'_> {
 
     fn must_refuse(&mut self, what: &str, case: &Case) {
         if !self.refuses(what, case) {
-            self.failures.push(format!("{} seed {} {}: {what} is accepted", self.op.name, self.seed, case.config.to_json()));
+            self.failures.push(format!("{}@{} {}: {what} is accepted", self.op.name, self.seed, case.config.to_json()));
         }
     }
 }
@@ -59,7 +59,7 @@ fn for_operations(check: impl Fn(&mut Trial, &Case) + Sync) {
                     check(&mut trial, &case);
                     failures.extend(trial.failures);
                 }
-                Err(e) => failures.push(format!("{} seed {seed}: no case: {e}", op.name)),
+                Err(e) => failures.push(format!("{}@{seed}: no case: {e}", op.name)),
             }
         }
         failures

@@ -39,9 +39,10 @@ fn for_random_cases(check: impl Fn(&Op, &Case, u64) -> Vec<String> + Sync) {
         let mut failures = Vec::new();
         for seed in 0..cases_per_operation() {
             match new_case(op, None, seed, BTreeMap::new()) {
-                Ok(case) => failures
-                    .extend(check(op, &case, seed).iter().map(|f| format!("{} seed {seed} {}: {f}", op.name, case.config.to_json()))),
-                Err(e) => failures.push(format!("{} seed {seed}: no case: {e}", op.name)),
+                Ok(case) => {
+                    failures.extend(check(op, &case, seed).iter().map(|f| format!("{}@{seed} {}: {f}", op.name, case.config.to_json())))
+                }
+                Err(e) => failures.push(format!("{}@{seed}: no case: {e}", op.name)),
             }
         }
         failures

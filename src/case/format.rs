@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{Cursor, Read};
 use std::path::Path;
 
 use safetensors::tensor::Dtype as Stored;
@@ -10,6 +11,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::config::Config;
 use super::op::{Tensors, Value};
+use crate::data::{MAX_FILE_BYTES, npy};
 use crate::error::{Error, Result};
 use crate::fs::write_atomic;
 use crate::tensor::{IntTensor, Shape, Tensor};
@@ -259,15 +261,46 @@ pub(super) fn is_answer(name: &str) -> bool {
 }
 
 impl Stock {
-    /// Reads the tensors of any safetensors file.
+    /// Reads the tensors of any safetensors file, or the arrays of an npz file.
     ///
     /// # Errors
     /// As [`Case::read`], without the rules of golden cases.
     pub fn read(path: impl AsRef<Path>) -> Result<Stock> {
         let path = path.as_ref();
         let bytes = fs::read(path).map_err(|e| Error::io(path, e))?;
-        Ok(decode(path, &bytes)?.1)
+        if bytes.starts_with(b"PK") { decode_npz(path, bytes) } else { Ok(decode(path, &bytes)?.1) }
     }
+}
+
+/// The arrays of an npz file, as `numpy.savez` and `numpy.savez_compressed` write it: a zip archive of `NAME.npy`.
+fn decode_npz(path: &Path, bytes: Vec<u8>) -> Result<Stock> {
+    let bad = |message: String| Error::format(path, message);
+    let broken = |e: zip::result::ZipError| bad(format!("not a whole npz file: {}", e.to_string().replace('\n', " ")));
+    let mut archive = zip::ZipArchive::new(Cursor::new(bytes)).map_err(broken)?;
+    let mut stock = Stock { tensors: Tensors::new(), elements: BTreeMap::new() };
+    for index in 0..archive.len() {
+        let entry = archive.by_index(index).map_err(broken)?;
+        let name = entry.name().map_err(broken)?.into_owned();
+        let Some(name) = name.strip_suffix(".npy").map(String::from) else { return Err(bad(format!("`{name}` is no npy array"))) };
+        let mut data = Vec::new();
+        // The size that the archive claims is not to be trusted.
+        entry.take(MAX_FILE_BYTES).read_to_end(&mut data).map_err(|e| bad(format!("array `{name}`: {e}")))?;
+        let of = |message: String| bad(format!("array `{name}`: {message}"));
+        let array = npy::parse(&data).map_err(of)?;
+        let shape = Shape::try_new(&array.shape).map_err(|_| of(format!("shape {:?} has more than 6 dimensions", array.shape)))?;
+        let (floats, element) = match array.data {
+            npy::Data::F64(data) => (data, Element::F64),
+            npy::Data::F32(data) => (data.into_iter().map(f64::from).collect(), Element::F32),
+            npy::Data::F16(data) => (data.into_iter().map(f16_to_f64).collect(), Element::F16),
+            npy::Data::I64(data) => {
+                stock.tensors.insert(name, Value::Int(IntTensor::new(shape, data)?));
+                continue;
+            }
+        };
+        stock.tensors.insert(name.clone(), Value::Float(Tensor::new(shape, &floats)?));
+        stock.elements.insert(name, element);
+    }
+    Ok(stock)
 }
 
 fn decode(path: &Path, bytes: &[u8]) -> Result<(BTreeMap<String, String>, Stock)> {
@@ -439,6 +472,39 @@ mod tests {
                         "{header}: {line}"
                     );
                 }
+            }
+        }
+    }
+
+    /// What NumPy writes, plain and compressed, in several types.
+    #[test]
+    fn npz_files_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let [path, array] = ["a.npz", "a.npy"].map(|name| folder.path().join(name));
+        npy::write(&array, &[2, 1], &[1.5f32, -2.0]).unwrap();
+        let half = b"\x93NUMPY\x01\x00\x38\x00{'descr': '<f2', 'fortran_order': False, 'shape': (1,)}\n\x00\x3e";
+        let bytes = |method| {
+            let mut archive = zip::ZipWriter::new(Cursor::new(Vec::new()));
+            let options = zip::write::SimpleFileOptions::default().compression_method(method);
+            for (name, data) in [("output.y.npy", fs::read(&array).unwrap()), ("half.npy", half.to_vec())] {
+                archive.start_file(name, options).unwrap();
+                std::io::Write::write_all(&mut archive, &data).unwrap();
+            }
+            archive.finish().unwrap().into_inner()
+        };
+        for method in [zip::CompressionMethod::Stored, zip::CompressionMethod::Deflated] {
+            let whole = bytes(method);
+            fs::write(&path, &whole).unwrap();
+            let stock = Stock::read(&path).unwrap();
+            assert_eq!(stock.elements["output.y"], Element::F32);
+            assert_eq!(stock.elements["half"], Element::F16);
+            let Value::Float(y) = &stock.tensors["output.y"] else { panic!("floats") };
+            let Value::Float(half) = &stock.tensors["half"] else { panic!("floats") };
+            assert_eq!((y.data(), &y.shape()[..], half.data()), (&[1.5, -2.0][..], &[2, 1][..], &[1.5][..]));
+            for cut in (2..whole.len()).step_by(5) {
+                fs::write(&path, &whole[..cut]).unwrap();
+                let error = Stock::read(&path).unwrap_err().to_string();
+                assert!(error.contains("a.npz") && !error.contains('\n'), "{error}");
             }
         }
     }

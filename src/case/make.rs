@@ -1,6 +1,6 @@
 //! Makes golden cases: karat in f64 answers a random question.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::config::Config;
 use super::format::Case;
@@ -20,13 +20,18 @@ const ZERO: f64 = 1e-11;
 /// no gradient at all (a measurement, a fixed table) gets neither cotangents nor gradients.
 ///
 /// # Errors
-/// The operation refuses the configuration or sizes, gives NaN, or leaves out the gradient of an input or parameter.
+/// `sizes` names a size that is not open; the operation refuses the configuration or sizes, gives NaN, or leaves out the gradient of an input or parameter.
 pub fn new_case(op: &Op, config: Option<Config>, seed: u64, sizes: BTreeMap<String, usize>) -> Result<Case> {
     let config = config.unwrap_or_else(|| (op.sample)(&mut Rng::new(seed, Purpose::Case, 0, 0)));
     let mut rng = Rng::new(seed, Purpose::Case, 0, 1);
-    let mut draw = Draw { rng: &mut rng, sizes, inputs: Tensors::new() };
+    let mut draw = Draw { rng: &mut rng, sizes, asked: BTreeSet::new(), inputs: Tensors::new() };
     (op.inputs)(&config, &mut draw)?;
-    let mut question: Tensors<f64> = draw.inputs.into_iter().map(|(name, value)| (format!("input.{name}"), value)).collect();
+    let Draw { sizes, asked, inputs, .. } = draw;
+    if let Some(unknown) = sizes.keys().find(|name| !asked.contains(*name)) {
+        let open = if asked.is_empty() { "none".into() } else { asked.into_iter().collect::<Vec<_>>().join(", ") };
+        return Err(Error::usage(format!("{}: no open size `{unknown}`; open with this configuration: {open}", op.name)));
+    }
+    let mut question: Tensors<f64> = inputs.into_iter().map(|(name, value)| (format!("input.{name}"), value)).collect();
 
     // The first pass makes up the parameters and shows which outputs there are.
     let first = execute(op.run_f64, &config, &question, false, Some(seed))?;

@@ -1,7 +1,7 @@
 //! What an operation is to the rest of karat: something that runs forward and backward on named tensors.
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -157,6 +157,8 @@ pub struct Draw<'a> {
     pub rng: &'a mut Rng,
     /// Sizes that the caller fixes by name (`batch`, `tokens`).
     pub sizes: BTreeMap<String, usize>,
+    /// The open sizes that the operation has asked for.
+    pub asked: BTreeSet<String>,
     /// The inputs so far, without the `input.` prefix.
     pub inputs: Tensors<f64>,
 }
@@ -164,6 +166,7 @@ pub struct Draw<'a> {
 impl Draw<'_> {
     /// An open size: what the caller fixed, else uniform in `low..=high`.
     pub fn size(&mut self, name: &str, low: usize, high: usize) -> usize {
+        self.asked.insert(name.into());
         self.sizes.get(name).copied().unwrap_or_else(|| self.rng.between(low, high))
     }
 

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 
 use super::{Outcome, say};
-use crate::case::{self, Config, Dtype, Value, Verdict};
+use crate::case::{self, Config, Dtype, Problem, Value, Verdict};
 use crate::error::{Error, Result};
 
 /// Make golden cases, or show what is in one
@@ -24,15 +24,15 @@ pub enum Case {
     after_help = "Example: karat case new attention.softmax --config '{\"dim\": 12, \"num_heads\": 3, \"qkv_bias\": true, \"proj_bias\": true, \"qk_norm\": false}' --size batch=2 -o case.safetensors"
 )]
 pub struct New {
-    /// The operation (see `karat list ops`)
+    /// The operation (see `karat list ops`), or a problem such as attention.window:b2,h3,w7,d32,shift3@17
     #[arg(value_name = "OP")]
     operation: String,
     /// The configuration, a JSON object [default: drawn at random]
     #[arg(long, value_name = "JSON")]
     config: Option<String>,
-    /// Where the random numbers start
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    seed: u64,
+    /// Where the random numbers start [default: 0]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
     /// Fix a size that the configuration leaves open, such as batch=2 (again for more)
     #[arg(long, value_name = "NAME=VALUE", value_parser = size)]
     size: Vec<(String, usize)>,
@@ -50,7 +50,7 @@ fn size(text: &str) -> Result<(String, usize), String> {
 #[derive(Args)]
 #[command(after_help = "Example: karat case show fixtures/cases/attention.window/shift-8x8-w4.safetensors")]
 pub struct Show {
-    /// The golden case
+    /// The golden case, or a problem
     #[arg(value_name = "FILE")]
     file: PathBuf,
 }
@@ -66,15 +66,7 @@ impl Case {
 
 impl New {
     fn run(&self, out: &mut dyn Write) -> Result<Outcome> {
-        let operation = case::find(&self.operation)?;
-        let config = self.config.as_deref().map(Config::parse).transpose()?;
-        let mut sizes = BTreeMap::new();
-        for (name, value) in &self.size {
-            if sizes.insert(name.clone(), *value).is_some() {
-                return Err(Error::usage(format!("--size {name} is given twice")));
-            }
-        }
-        let made = case::new_case(operation, config, self.seed, sizes)?;
+        let made = if self.operation.contains([':', '@']) { self.problem()? } else { self.configured()? };
         made.write(&self.output)?;
         say(out, format!("{}: {} {}", self.output.display(), made.op, made.config.to_json()))?;
         // An ill-conditioned question makes a bad case: better known now.
@@ -84,11 +76,30 @@ impl New {
         }
         Ok(Outcome::Good)
     }
+
+    fn problem(&self) -> Result<case::Case> {
+        if self.config.is_some() || self.seed.is_some() || !self.size.is_empty() {
+            return Err(Error::usage(format!("problem `{}` says it all: no --config, --seed or --size beside it", self.operation)));
+        }
+        self.operation.parse::<Problem>()?.case()
+    }
+
+    fn configured(&self) -> Result<case::Case> {
+        let operation = case::find(&self.operation)?;
+        let config = self.config.as_deref().map(Config::parse).transpose()?;
+        let mut sizes = BTreeMap::new();
+        for (name, value) in &self.size {
+            if sizes.insert(name.clone(), *value).is_some() {
+                return Err(Error::usage(format!("--size {name} is given twice")));
+            }
+        }
+        case::new_case(operation, config, self.seed.unwrap_or(0), sizes)
+    }
 }
 
 impl Show {
     fn run(&self, out: &mut dyn Write) -> Result<Outcome> {
-        let case = case::Case::read(&self.file)?;
+        let case = case::open(&self.file)?;
         say(out, format!("operation  {}", case.op))?;
         say(out, format!("config     {}", case.config.to_json()))?;
         say(out, format!("source     {}", case.source))?;

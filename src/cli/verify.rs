@@ -8,20 +8,22 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::{Outcome, say};
-use crate::case::{Case, Dtype, Report, Stock, Verdict, judge, verify_case};
+use crate::case::{self, Case, Dtype, Report, Stock, Verdict, judge, verify_case};
 use crate::error::{Error, Result};
 
 /// Check golden cases: one line per case and precision, then a summary
 #[derive(Args)]
-#[command(after_help = "Examples:\n  karat verify fixtures/cases\n  karat verify case.safetensors --actual my_results.safetensors")]
+#[command(
+    after_help = "Examples:\n  karat verify fixtures/cases\n  karat verify case.safetensors --actual my_results.npz\n  karat verify attention.window:b2,h3,w7,d32,shift3@17"
+)]
 pub struct Verify {
-    /// Golden cases, or folders to search for them
+    /// Golden cases, folders to search for them, or problems such as attention.window:h3,w7@17
     #[arg(required = true, value_name = "PATH")]
     paths: Vec<PathBuf>,
     /// Run in one precision only [default: both]
     #[arg(long, conflicts_with = "actual")]
     dtype: Option<Precision>,
-    /// Judge these results for the one case, instead of karat's own: a safetensors file with tensors `output.y`, `grad.input.x`, …
+    /// Judge these results for the one case, instead of karat's own: a safetensors or npz file with tensors `output.y`, `grad.input.x`, …
     #[arg(long, value_name = "FILE")]
     actual: Option<PathBuf>,
     /// Operations that this karat lacks do not count as failed
@@ -47,7 +49,7 @@ impl Verify {
             return Err(Error::usage(format!("--actual judges results for one case; {} were given", files.len())));
         }
         for file in &files {
-            let case = Case::read(file)?;
+            let case = case::open(file)?;
             for report in self.reports(&case)? {
                 let name = file.display().to_string();
                 tally.add(&report);
@@ -105,6 +107,10 @@ impl Tally {
 fn cases(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for path in paths {
+        if !path.exists() && path.to_str().is_some_and(case::looks_like_problem) {
+            files.push(path.clone());
+            continue;
+        }
         if !fs::metadata(path).map_err(|e| Error::io(path, e))?.is_dir() {
             files.push(path.clone());
             continue;

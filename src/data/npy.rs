@@ -1,4 +1,5 @@
-//! The npy format of NumPy, version 1.0: one array of f32, f64 or i64, little-endian, in C order.
+//! The npy format of NumPy, version 1.0: one array, little-endian, in C order. Written: f32, f64, i64; read: these, f16, and narrower
+//! integers and truth values, widened.
 
 use std::io::Read;
 use std::path::Path;
@@ -26,7 +27,9 @@ pub enum Data {
     F32(Vec<f32>),
     /// `<f8`
     F64(Vec<f64>),
-    /// `<i8`
+    /// `<f2`, as bits
+    F16(Vec<u16>),
+    /// `<i8`; narrower integers and truth values are widened
     I64(Vec<i64>),
 }
 
@@ -105,7 +108,8 @@ pub fn read(path: impl AsRef<Path>) -> Result<Array> {
     parse(&bytes).map_err(|message| Error::format(path, message))
 }
 
-fn parse(bytes: &[u8]) -> Result<Array, String> {
+/// The array in the bytes of an npy file; the message says what is wrong with them.
+pub fn parse(bytes: &[u8]) -> Result<Array, String> {
     let rest = bytes.strip_prefix(MAGIC).ok_or("expected an npy file of version 1.0")?;
     let (length, rest) = rest.split_first_chunk::<2>().ok_or("cut short in the header")?;
     let (header, body) = rest.split_at_checked(usize::from(u16::from_le_bytes(*length))).ok_or("cut short in the header")?;
@@ -116,18 +120,31 @@ fn parse(bytes: &[u8]) -> Result<Array, String> {
     }
     let shape = parse_shape(value(header, "shape")?).ok_or_else(|| format!("header has no readable shape: {}", header.trim()))?;
     let size = match descr {
-        "<f4" => 4,
+        "|b1" | "|i1" | "|u1" => 1,
+        "<f2" | "<i2" | "<u2" => 2,
+        "<f4" | "<i4" | "<u4" => 4,
         "<f8" | "<i8" => 8,
-        other => return Err(format!("element type `{other}`, expected <f4, <f8 or <i8")),
+        other => return Err(format!("element type `{other}`, expected <f2, <f4, <f8, <i8 or a narrower integer")),
     };
     let count = product(&shape).filter(|n| n.checked_mul(size) == Some(body.len()));
     let count = count.ok_or_else(|| format!("{} bytes of data, expected shape {shape:?} of {size} bytes each", body.len()))?;
     let data = match descr {
         "<f4" => Data::F32(convert(count, body, LittleEndian::read_f32_into)),
         "<f8" => Data::F64(convert(count, body, LittleEndian::read_f64_into)),
+        "<f2" => Data::F16(convert(count, body, LittleEndian::read_u16_into)),
+        "|b1" | "|u1" => Data::I64(body.iter().map(|&x| x.into()).collect()),
+        "|i1" => Data::I64(body.iter().map(|&x| (x as i8).into()).collect()),
+        "<i2" => widen(convert(count, body, LittleEndian::read_i16_into)),
+        "<u2" => widen(convert(count, body, LittleEndian::read_u16_into)),
+        "<i4" => widen(convert(count, body, LittleEndian::read_i32_into)),
+        "<u4" => widen(convert(count, body, LittleEndian::read_u32_into)),
         _ => Data::I64(convert(count, body, LittleEndian::read_i64_into)),
     };
     Ok(Array { shape, data })
+}
+
+fn widen<T: Into<i64>>(values: Vec<T>) -> Data {
+    Data::I64(values.into_iter().map(Into::into).collect())
 }
 
 fn convert<T: Clone + Default>(count: usize, bytes: &[u8], read: impl Fn(&[u8], &mut [T])) -> Vec<T> {
