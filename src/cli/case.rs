@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::{Outcome, say};
+use super::verify::cases;
+use super::{Outcome, progress, say};
 use crate::case::{self, Config, Dtype, Problem, Value, Verdict};
 use crate::error::{Error, Result};
 
@@ -16,6 +17,26 @@ use crate::error::{Error, Result};
 pub enum Case {
     New(New),
     Show(Show),
+    Audit(Audit),
+}
+
+/// Ask whether golden cases are strong enough: which mistakes that people make would they not notice?
+#[derive(Args)]
+#[command(
+    after_help = "Computations are perturbed (scale dropped, q and k swapped, a bias skipped, mask or window shifted, unbiased variance, \
+                  tanh GELU, a projection transposed, the last tile dropped, a gradient zeroed, …) and judged as `karat verify` judges f32.\n\
+                  Example: karat case audit fixtures/cases"
+)]
+pub struct Audit {
+    /// Golden cases, folders to search for them, or problems
+    #[arg(required = true, value_name = "PATH")]
+    paths: Vec<PathBuf>,
+    /// List every mistake, caught or not
+    #[arg(long)]
+    all: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// Make a golden case: random inputs and parameters, outputs and gradients from an f64 run
@@ -60,6 +81,7 @@ impl Case {
         match self {
             Case::New(command) => command.run(out),
             Case::Show(command) => command.run(out),
+            Case::Audit(command) => command.run(out),
         }
     }
 }
@@ -94,6 +116,46 @@ impl New {
             }
         }
         case::new_case(operation, config, self.seed.unwrap_or(0), sizes)
+    }
+}
+
+impl Audit {
+    fn run(&self, out: &mut dyn Write) -> Result<Outcome> {
+        let mut by_operation: BTreeMap<String, Vec<case::Case>> = BTreeMap::new();
+        for file in cases(&self.paths)? {
+            let case = case::open(file)?;
+            by_operation.entry(case.op.clone()).or_default().push(case);
+        }
+        let bar = progress(by_operation.len() as u64, "auditing");
+        let mut audits = Vec::new();
+        for (op, cases) in &by_operation {
+            bar.set_message(op.clone());
+            audits.push(case::audit(op, cases)?);
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        if self.json {
+            say(out, serde_json::Value::Array(audits.iter().map(case::Audit::to_json).collect()))?;
+        } else {
+            for audit in &audits {
+                let (caught, all) = audit.caught();
+                let failed = if audit.failed > 0 { format!("; {} cases are failed by karat itself", audit.failed) } else { String::new() };
+                say(out, format!("{:<34} {caught} of {all} mistakes caught by {} cases{failed}", audit.op, audit.cases))?;
+                for (mistake, outcome) in audit.mistakes.iter().filter(|(_, o)| self.all || **o == case::Outcome::Slips) {
+                    let word = match outcome {
+                        case::Outcome::Caught => "caught",
+                        case::Outcome::Slips => "SLIPS",
+                        case::Outcome::Harmless => "harmless",
+                    };
+                    say(out, format!("    {word:<9}{mistake}"))?;
+                }
+            }
+            let slips: usize = audits.iter().map(|audit| audit.slips().count()).sum();
+            let caught: usize = audits.iter().map(|audit| audit.caught().0).sum();
+            say(out, format!("{caught} mistakes caught, {slips} would slip through"))?;
+        }
+        let good = audits.iter().all(|audit| audit.slips().next().is_none() && audit.failed == 0);
+        Ok(if good { Outcome::Good } else { Outcome::CheckFailed })
     }
 }
 

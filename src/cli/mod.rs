@@ -16,6 +16,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::error::{Error, Result};
 
@@ -100,6 +101,15 @@ impl Cli {
             Command::Bench(command) => command.run(out, self.threads),
         }
     }
+}
+
+/// A bar on standard error for work of `steps` steps: shown on a terminal only.
+fn progress(steps: u64, what: &'static str) -> ProgressBar {
+    let bar = ProgressBar::new(steps).with_prefix(what);
+    if let Ok(style) = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len}  {msg}  {eta} left") {
+        bar.set_style(style);
+    }
+    bar
 }
 
 /// Writes one line.

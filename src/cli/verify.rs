@@ -104,7 +104,7 @@ impl Tally {
 }
 
 /// The files among `paths`, and all `.safetensors` files below the folders among them, in order of name.
-fn cases(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
+pub(super) fn cases(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for path in paths {
         if !path.exists() && path.to_str().is_some_and(case::looks_like_problem) {

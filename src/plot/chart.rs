@@ -52,10 +52,7 @@ pub fn line_chart_svg(chart: &Chart) -> String {
     let x_of = |x: f64| LEFT + x_axis.place(x) * WIDTH;
     let y_of = |y: f64| TOP + (1.0 - y_axis.place(y)) * HEIGHT;
 
-    // About 7 pixels per character: SVG has no way to measure text.
-    let legend = chart.series.iter().map(|s| s.name.chars().count()).max().map_or(0.0, |n| 50.0 + 7.0 * n as f64);
-    let (width, legend_height) = (LEFT + WIDTH + RIGHT + legend, 20.0 * chart.series.len() as f64);
-    let height = TOP + HEIGHT.max(legend_height) + BOTTOM;
+    let [width, height] = chart.size();
     let mut svg = String::new();
     // Writing to a string cannot fail.
     let mut line = |text: std::fmt::Arguments| writeln!(svg, "{text}").expect("write to a string");
@@ -107,6 +104,32 @@ pub fn line_chart_svg(chart: &Chart) -> String {
     }
     line(format_args!("</svg>"));
     svg
+}
+
+/// Draws several charts below each other.
+pub fn charts_svg(charts: &[Chart]) -> String {
+    let drawn: Vec<(String, [f64; 2])> = charts.iter().map(|chart| (line_chart_svg(chart), chart.size())).collect();
+    let width = drawn.iter().map(|(_, [width, _])| *width).fold(0.0, f64::max);
+    let height: f64 = drawn.iter().map(|(_, [_, height])| *height).sum();
+    let mut svg =
+        format!("<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} {height}\">\n");
+    svg += "<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n";
+    let mut y = 0.0;
+    for (chart, [_, height]) in drawn {
+        svg += &format!("<g transform=\"translate(0 {y})\">\n{chart}</g>\n");
+        y += height;
+    }
+    svg + "</svg>\n"
+}
+
+impl Chart {
+    /// Width and height of the picture.
+    fn size(&self) -> [f64; 2] {
+        // About 7 pixels per character: SVG has no way to measure text.
+        let legend = self.series.iter().map(|s| s.name.chars().count()).max().map_or(0.0, |n| 50.0 + 7.0 * n as f64);
+        let legend_height = 20.0 * self.series.len() as f64;
+        [LEFT + WIDTH + RIGHT + legend, TOP + HEIGHT.max(legend_height) + BOTTOM]
+    }
 }
 
 /// Text inside an SVG element; characters that XML forbids are left out.

@@ -5,7 +5,7 @@ mod font;
 mod grid;
 pub mod grouping;
 
-pub use chart::{Chart, Series, line_chart_svg};
+pub use chart::{Chart, Series, charts_svg, line_chart_svg};
 pub use grid::{Grid, Tile, image_grid_png};
 
 use std::path::Path;

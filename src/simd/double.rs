@@ -1,10 +1,29 @@
 //! f64 for the oracle: plain lanes, which the compiler vectorises, and `libm` for the elementary functions.
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::linalg::TileShape;
 
 use super::{LANES, Vector};
+
+static TANH_GELU: AtomicBool = AtomicBool::new(false);
+
+/// Runs `work` with GELU in f64 by its tanh approximation, on all threads of the process: the audit of golden cases asks whether they
+/// tell the two apart. For one caller at a time.
+pub(crate) fn with_tanh_gelu<R>(work: impl FnOnce() -> R) -> R {
+    TANH_GELU.store(true, Ordering::Relaxed);
+    let result = work();
+    TANH_GELU.store(false, Ordering::Relaxed);
+    result
+}
+
+/// `x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))` and its derivative.
+fn tanh_gelu_with_grad(x: f64) -> (f64, f64) {
+    let root = std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::FRAC_1_SQRT_2;
+    let t = libm::tanh(root * (x + 0.044715 * x * x * x));
+    (0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * root * (1.0 + 3.0 * 0.044715 * x * x))
+}
 
 /// Sixteen f64 lanes.
 #[derive(Clone, Copy)]
@@ -119,7 +138,11 @@ impl Vector<f64> for F64x16 {
     }
     #[inline(always)]
     fn gelu_with_grad(self) -> (Self, Self) {
+        let tanh = TANH_GELU.load(Ordering::Relaxed);
         let both = self.0.map(|x| {
+            if tanh {
+                return tanh_gelu_with_grad(x);
+            }
             let cdf = 0.5 * libm::erfc(-x * std::f64::consts::FRAC_1_SQRT_2);
             let density = libm::exp(-0.5 * x * x) * (0.5 * std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::FRAC_1_SQRT_2);
             // Infinite x: the limits are 0 and 1 on the left, ∞ and 1 on the right.

@@ -22,6 +22,8 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use crate::error::{Error, Result};
 use crate::linalg::TileShape;
 
+pub(crate) use double::with_tanh_gelu;
+
 /// Lanes of every vector, on every machine.
 pub const LANES: usize = 16;
 

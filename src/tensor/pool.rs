@@ -100,10 +100,13 @@ pub fn stats() -> Stats {
 
 /// Starts a new measurement of the peak and gives all unused memory back to the operating system.
 pub fn reset_peak() {
-    with_pool(|pool| {
-        pool.trim(0);
-        pool.stats.peak_bytes = pool.stats.live_bytes;
-    });
+    with_pool(|pool| pool.trim(0));
+    start_peak();
+}
+
+/// Starts a new measurement of the peak; unused memory stays at hand.
+pub fn start_peak() {
+    with_pool(|pool| pool.stats.peak_bytes = pool.stats.live_bytes);
 }
 
 impl Pool {

@@ -1,5 +1,6 @@
 //! `karat bench`: measures, in one run and by turns, so that ratios hold on a busy machine.
 
+mod attention;
 mod gemm;
 mod mim;
 mod peak;
@@ -21,6 +22,7 @@ use crate::fs::write_atomic;
 pub enum Bench {
     Peak(peak::Peak),
     Gemm(gemm::Gemm),
+    Attention(attention::Attention),
     Mim(mim::Mim),
 }
 
@@ -29,6 +31,7 @@ impl Bench {
         match self {
             Bench::Peak(command) => command.run(out),
             Bench::Gemm(command) => command.run(out, threads),
+            Bench::Attention(command) => command.run(out),
             Bench::Mim(command) => command.run(out),
         }
     }
