@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::config::Config;
 use crate::error::{Error, Result};
 use crate::linalg::flops_so_far;
-use crate::nn::{Layout, Params};
+use crate::nn::{Layout, Param, Params};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, IntTensor, Shape, Tensor, pool};
 
@@ -34,14 +34,22 @@ impl<T: Float> Value<T> {
 /// Named tensors, in order of name.
 pub type Tensors<T> = BTreeMap<String, Value<T>>;
 
-/// The shapes of an operation's inputs, by name without the `input.` prefix.
+/// The shapes of an operation's inputs, by name without the `input.` prefix; those of parameters by full name.
 #[derive(Clone, Debug, Default)]
 pub struct Shapes(BTreeMap<String, Shape>);
 
 impl Shapes {
-    /// The shapes of the `input.*` among named tensors.
+    /// The shapes of the `input.*` and `param.*` among named tensors.
     pub fn of<T: Float>(tensors: &Tensors<T>) -> Self {
-        Shapes(tensors.iter().filter_map(|(name, value)| Some((name.strip_prefix("input.")?.to_string(), value.shape()))).collect())
+        let wanted = |name: &String| name.starts_with("input.") || name.starts_with("param.");
+        let short = |name: &str| name.strip_prefix("input.").unwrap_or(name).to_string();
+        Shapes(tensors.iter().filter(|(name, _)| wanted(name)).map(|(name, value)| (short(name), value.shape())).collect())
+    }
+
+    /// The dimensions of a parameter, if it is given: for an operation whose configuration leaves them open.
+    pub fn param_dims<const R: usize>(&self, name: &str) -> Result<Option<[usize; R]>> {
+        let name = format!("param.{name}");
+        self.0.get(&name).map(|shape| shape.dims(&name)).transpose()
     }
 
     /// The dimensions of an input: `let [b, n, c] = shapes.dims("x")?`.
@@ -317,6 +325,12 @@ impl<'a, T: Float> Run<'a, T> {
         Ok(params)
     }
 
+    /// The dimensions of a parameter, if it is given: for an operation whose configuration leaves them open.
+    pub fn param_dims<const R: usize>(&self, name: &str) -> Result<Option<[usize; R]>> {
+        let name = format!("param.{name}");
+        self.given.get(&name).map(|value| value.shape().dims(&name)).transpose()
+    }
+
     /// Gradients of the right layout, all zero.
     pub fn zero_grads(&self, params: &Params<T>) -> Params<T> {
         Params::zeros(params.layout())
@@ -391,6 +405,18 @@ impl<'a, T: Float> Run<'a, T> {
     /// Hands in the value of a buffer after the call.
     pub fn after(&mut self, name: &str, value: Value<T>) {
         self.results.insert(format!("after.{name}"), value);
+    }
+
+    /// Hands in new values of buffers of `layout`: running statistics.
+    pub fn after_buffers(&mut self, layout: &Layout, updates: Vec<(Param, Tensor<T>)>) {
+        if self.prepared.is_some() {
+            return;
+        }
+        for (buffer, value) in updates {
+            if let Some(entry) = layout.buffers().iter().find(|entry| entry.param.offset() == buffer.offset()) {
+                self.after(&entry.name, Value::Float(value));
+            }
+        }
     }
 
     /// Everything that was handed in.

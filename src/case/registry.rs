@@ -5,6 +5,13 @@ use crate::error::{Error, Result};
 
 static OPERATIONS: &[Op] = &[
     Op::of::<crate::nn::positions::PosEmbedSinCos2d>(),
+    Op::of::<crate::nn::conv::Conv2dOp>(),
+    Op::of::<crate::nn::batch_norm::BatchNorm2dOp>(),
+    Op::of::<crate::nn::group_norm::GroupNormOp>(),
+    Op::of::<crate::nn::pool::MaxPool2d>(),
+    Op::of::<crate::nn::resize::BilinearResize>(),
+    Op::of::<crate::nn::resize::ResizePosEmbed>(),
+    Op::of::<crate::nn::resize::HpvitPosEmbed>(),
     Op::of::<crate::attention::softmax::SoftmaxAttention>(),
     Op::of::<crate::attention::window::Window>(),
     Op::of::<crate::attention::window::GroupWindow>(),

@@ -4,10 +4,16 @@
 //! go through fixed chunks whose parts are added in order.
 
 pub mod attention;
+pub mod channel_norm;
+pub mod depthwise;
 pub mod elementwise;
+pub mod im2col;
+pub mod maps;
 pub mod norm;
 pub mod optim;
+pub mod pool;
 pub mod reduce;
+pub mod resize;
 pub mod rows;
 
 use crate::simd::{LANES, Vector};

@@ -37,6 +37,11 @@ impl<'a, T> ColumnsMut<'a, T> {
         self.rows
     }
 
+    /// The number of columns.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
     /// This block's part of row `r`.
     #[inline]
     pub fn row(&mut self, r: usize) -> &mut [T] {
@@ -86,9 +91,65 @@ pub fn par_blocks<T: Send, const M: usize, const S: usize>(
     });
 }
 
+/// How [`par_tiles`] cuts a matrix.
+#[derive(Clone, Copy, Debug)]
+pub struct Tiling {
+    /// Row blocks of equal size: images.
+    pub batches: usize,
+    /// Rows at the start of each row block that are left alone: class tokens.
+    pub skip: usize,
+    /// Rows of a tile; the last one of a row block may have fewer.
+    pub rows: usize,
+    /// Columns of a tile; the last one may have fewer.
+    pub cols: usize,
+}
+
+/// Calls `work(batch, first row, first column, tile)` for every tile, in parallel. Rows are counted within the row block, after the
+/// skipped ones.
+pub fn par_tiles<T: Send>(matrix: ColumnsMut<'_, T>, tiling: Tiling, work: impl Fn(usize, usize, usize, ColumnsMut<'_, T>) + Sync) {
+    let Tiling { batches, skip, rows, cols } = tiling;
+    if batches == 0 || matrix.rows == 0 || matrix.width == 0 {
+        return;
+    }
+    assert!(matrix.rows.is_multiple_of(batches) && rows > 0 && cols > 0, "tiles of unequal row blocks");
+    let block = matrix.rows / batches;
+    assert!(skip <= block, "more rows skipped than there are");
+    let (down, across) = ((block - skip).div_ceil(rows), matrix.width.div_ceil(cols));
+    /// Lets threads look at the matrix; each takes other tiles of it.
+    struct Whole<'a, T>(ColumnsMut<'a, T>);
+    // SAFETY: the matrix itself is never written through a shared reference, only the tiles made below.
+    unsafe impl<T: Send> Sync for Whole<'_, T> {}
+    let whole = &Whole(matrix);
+    (0..batches * down * across).into_par_iter().for_each(|index| {
+        let matrix = &whole.0;
+        let (batch, y, x) = (index / (down * across), index / across % down * rows, index % across * cols);
+        let (rows, width) = (rows.min(block - skip - y), cols.min(matrix.width - x));
+        let first = matrix.first.wrapping_add((batch * block + skip + y) * matrix.stride + x);
+        // Tiles of different indices share no element, and every index makes its own, once.
+        work(batch, y, x, ColumnsMut { first, rows, stride: matrix.stride, width, borrow: PhantomData });
+    });
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tiles_cover_the_matrix_once() {
+        // Two images of one skipped row and five others, columns 2..9 of 9 in tiles of 2 by 3.
+        let mut data = vec![0usize; 12 * 9];
+        let (_, right) = ColumnsMut::new(&mut data, 9).split_at(2);
+        par_tiles(right, Tiling { batches: 2, skip: 1, rows: 2, cols: 3 }, |b, y, x, mut tile| {
+            for r in 0..tile.rows() {
+                tile.row(r).iter_mut().enumerate().for_each(|(c, v)| *v += 1 + 1000 * b + 100 * (y + r) + (x + c));
+            }
+        });
+        for (i, &v) in data.iter().enumerate() {
+            let (r, c) = (i / 9, i % 9);
+            let expected = if c < 2 || r % 6 == 0 { 0 } else { 1 + 1000 * (r / 6) + 100 * (r % 6 - 1) + c - 2 };
+            assert_eq!(v, expected, "({r}, {c})");
+        }
+    }
 
     #[test]
     fn blocks_cover_the_matrix_once() {

@@ -3,13 +3,22 @@
 //! A layer is a pair of functions: `forward(params, x) → (y, saved)` and `backward(params, grads, x, saved, dy) → dx`. Gradients of
 //! parameters are added to; what is cheaper to recompute than to keep is recomputed.
 
+pub mod batch_norm;
+pub mod conv;
+pub mod group_norm;
 mod linear;
+pub mod maps;
 pub mod mlp;
 mod norm;
 mod param;
 pub mod patch_embed;
+pub mod pool;
 pub mod positions;
+pub mod resize;
 
+pub use batch_norm::BatchNorm2d;
+pub use conv::{Conv2d, ConvSettings};
+pub use group_norm::GroupNorm;
 pub use linear::Linear;
 pub use mlp::Mlp;
 pub use norm::{LayerNorm, Stats};

@@ -223,6 +223,13 @@ impl<T: Float> Params<T> {
         &mut Arc::make_mut(&mut self.buffers)[buffer.offset..buffer.offset + buffer.numel()]
     }
 
+    /// Sets buffers to new values: running statistics after a step.
+    pub fn update(&mut self, updates: &[(Param, Tensor<T>)]) {
+        for (buffer, value) in updates {
+            self.buffer_mut(*buffer).copy_from_slice(value.data());
+        }
+    }
+
     /// All trainable values, with the padding between parameters (which is and stays zero).
     pub fn flat(&self) -> &[T] {
         &self.values

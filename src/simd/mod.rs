@@ -107,6 +107,16 @@ pub trait Vector<T: Copy>:
     }
 }
 
+/// `acc[p] ← s[p · step ..] · b + acc[p]`, rounded once. `s` must hold all the vectors.
+#[inline(always)]
+pub fn fused_strided<T: Copy, V: Vector<T>, const P: usize>(acc: &mut [V; P], s: &[T], step: usize, b: V) {
+    assert!(P == 0 || (P - 1).checked_mul(step).and_then(|last| last.checked_add(LANES)).is_some_and(|end| end <= s.len()));
+    for (p, acc) in acc.iter_mut().enumerate() {
+        // SAFETY: the last vector ends inside `s`, as asserted, and the others end before it.
+        *acc = unsafe { V::load_ptr(s.as_ptr().add(p * step)) }.mul_add(b, *acc);
+    }
+}
+
 /// A computation over any [`Vector`] of `T`; implementations of `run` must be `#[inline(always)]`.
 pub trait Kernel<T: Copy> {
     /// What the computation returns.

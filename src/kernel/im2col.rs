@@ -1,0 +1,170 @@
+//! Windows of a map as rows of a matrix, and back: what makes a convolution a matrix product.
+
+use rayon::prelude::*;
+
+use super::maps::Map;
+use crate::error::{Error, Result};
+use crate::tensor::Float;
+
+/// Where a convolution reads: output `(i, j)` and kernel position `(u, v)` meet at input
+/// `(i · stride − padding + u · dilation, …)`; outside the map is zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Rows and columns of the kernel.
+    pub kernel: [usize; 2],
+    /// Steps.
+    pub stride: [usize; 2],
+    /// Zeros before the first and after the last row and column.
+    pub padding: [usize; 2],
+    /// Distances between kernel positions.
+    pub dilation: [usize; 2],
+}
+
+impl Geometry {
+    /// The size of the output for a map of this size; an error unless there is one.
+    pub fn outputs(&self, map: [usize; 2]) -> Result<[usize; 2]> {
+        let side = |axis: usize| {
+            let (kernel, stride, padding, dilation) = (self.kernel[axis], self.stride[axis], self.padding[axis], self.dilation[axis]);
+            let extent = kernel.checked_sub(1)?.checked_mul(dilation)?.checked_add(1)?;
+            let padded = map[axis].checked_add(padding.checked_mul(2)?)?;
+            // Padding beyond the kernel's reach makes rows of nothing but bias: legal, but not without bound.
+            let bounded = stride > 0 && dilation > 0 && padding <= extent.max(1 << 10);
+            Some(padded.checked_sub(extent)?.checked_div(stride)? + 1).filter(|_| bounded)
+        };
+        match (side(0), side(1)) {
+            (Some(h), Some(w)) => Ok([h, w]),
+            _ => Err(Error::shape("input of a convolution", format!("a map that {self:?} fits"), map)),
+        }
+    }
+
+    /// Positions of the kernel.
+    pub fn taps(&self) -> usize {
+        self.kernel[0] * self.kernel[1]
+    }
+
+    /// Whether every output sees its own input alone.
+    pub fn is_pointwise(&self) -> bool {
+        self.kernel == [1, 1] && self.stride == [1, 1] && self.padding == [0, 0]
+    }
+
+    /// The input row (axis 0) or column (axis 1) that output `o` and kernel position `u` meet at, if it is inside.
+    #[inline(always)]
+    pub fn input(&self, axis: usize, o: usize, u: usize, side: usize) -> Option<usize> {
+        (o * self.stride[axis] + u * self.dilation[axis]).checked_sub(self.padding[axis]).filter(|&i| i < side)
+    }
+
+    /// The output that meets input `i` with kernel position `u`, if there is one.
+    #[inline(always)]
+    pub fn output(&self, axis: usize, i: usize, u: usize, side: usize) -> Option<usize> {
+        let at = (i + self.padding[axis]).checked_sub(u * self.dilation[axis])?;
+        Some(at / self.stride[axis]).filter(|&o| o < side && at % self.stride[axis] == 0)
+    }
+}
+
+/// A stretch of output rows, counted through all images: `first..first + count`.
+#[derive(Clone, Copy, Debug)]
+pub struct Lines {
+    /// The first.
+    pub first: usize,
+    /// How many.
+    pub count: usize,
+}
+
+/// `out[pixel, (u, v, c)]` ← the input that this output pixel meets at `(u, v)`, channels `column..column + channels`.
+pub fn im2col<T: Float>(out: &mut [T], x: Map<T>, [column, channels]: [usize; 2], geometry: Geometry, lines: Lines, [oh, ow]: [usize; 2]) {
+    let [_, height, width, all] = x.size();
+    let [kh, kw] = geometry.kernel;
+    let len = kh * kw * channels;
+    assert!(out.len() == lines.count * ow * len && column + channels <= all);
+    if out.is_empty() {
+        return;
+    }
+    let whole = geometry.dilation[1] == 1 && x.stride() == channels;
+    out.par_chunks_mut(ow * len).enumerate().for_each(|(line, out)| {
+        let (b, i) = ((lines.first + line) / oh, (lines.first + line) % oh);
+        for (j, out) in out.chunks_exact_mut(len).enumerate() {
+            for (u, out) in out.chunks_exact_mut(kw * channels).enumerate() {
+                let Some(y) = geometry.input(0, i, u, height) else {
+                    out.fill(T::ZERO);
+                    continue;
+                };
+                // Where rows of pixels have no gaps, one copy takes all columns of the kernel.
+                if let (true, Some(from)) = (whole, (j * geometry.stride[1]).checked_sub(geometry.padding[1]))
+                    && from + kw <= width
+                {
+                    out.copy_from_slice(&x.row(b, y, column)[from * channels..(from + kw) * channels]);
+                    continue;
+                }
+                for (v, out) in out.chunks_exact_mut(channels).enumerate() {
+                    match geometry.input(1, j, v, width) {
+                        Some(x_at) => out.copy_from_slice(x.pixel(b, y, x_at, column, channels)),
+                        None => out.fill(T::ZERO),
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// The adjoint of [`im2col`]: adds `cols` to the channels `column..column + channels` of `dx` `[batch, height, width, all]`.
+pub fn col2im<T: Float>(
+    dx: &mut [T],
+    size: [usize; 4],
+    cols: &[T],
+    [column, channels]: [usize; 2],
+    geometry: Geometry,
+    lines: Lines,
+    [oh, ow]: [usize; 2],
+) {
+    let [batch, height, width, all] = size;
+    let [kh, kw] = geometry.kernel;
+    let len = kh * kw * channels;
+    assert!(dx.len() == batch * height * width * all && cols.len() == lines.count * ow * len && column + channels <= all);
+    if dx.is_empty() || cols.is_empty() {
+        return;
+    }
+    dx.par_chunks_mut(width * all).enumerate().for_each(|(line, dx)| {
+        let (b, y) = (line / height, line % height);
+        for u in 0..kh {
+            let Some(i) = geometry.output(0, y, u, oh) else { continue };
+            let Some(row) = (b * oh + i).checked_sub(lines.first).filter(|&row| row < lines.count) else { continue };
+            for (x_at, dx) in dx.chunks_exact_mut(all).enumerate() {
+                for v in 0..kw {
+                    let Some(j) = geometry.output(1, x_at, v, ow) else { continue };
+                    let from = (row * ow + j) * len + (u * kw + v) * channels;
+                    for (a, &g) in dx[column..column + channels].iter_mut().zip(&cols[from..from + channels]) {
+                        *a += g;
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn adjoint_in_blocks() {
+        let geometry = Geometry { kernel: [3, 2], stride: [2, 1], padding: [1, 1], dilation: [1, 2] };
+        let size @ [batch, h, w, all] = [2, 5, 4, 7];
+        let out @ [oh, ow] = geometry.outputs([h, w]).expect("fits");
+        assert_eq!(out, [3, 4]);
+        let x: Vec<f64> = (0..batch * h * w * all).map(|i| libm::sin(i as f64)).collect();
+        let len = 6 * 3;
+        let mut dx = vec![0.0; x.len()];
+        let (mut forward, mut backward) = (0.0, 0.0);
+        for first in [0, 4] {
+            let lines = Lines { first, count: if first == 0 { 4 } else { 2 } };
+            let mut cols = vec![f64::NAN; lines.count * ow * len];
+            im2col(&mut cols, Map::new(&x, size), [2, 3], geometry, lines, out);
+            let g: Vec<f64> = (0..cols.len()).map(|i| libm::cos((i + first) as f64)).collect();
+            forward += cols.iter().zip(&g).map(|(a, b)| a * b).sum::<f64>();
+            col2im(&mut dx, size, &g, [2, 3], geometry, lines, out);
+        }
+        backward += dx.iter().zip(&x).map(|(a, b)| a * b).sum::<f64>();
+        assert!((forward - backward).abs() < 1e-10, "{forward} {backward}");
+        assert_eq!(oh * batch, 6);
+    }
+}
