@@ -31,14 +31,63 @@ struct Mistake {
     wrong: Wrong,
 }
 
+/// Changes results in place.
+type Spoil = Box<dyn Fn(&mut Tensors<f64>)>;
+
 enum Wrong {
     /// A right kernel with this question computes what the wrong one does with the case's; the gradients of what was changed say
     /// nothing.
     Question(Config, Tensors<f64>, BTreeSet<String>),
     /// The right answer, then spoilt.
-    Answer(Box<dyn Fn(&mut Tensors<f64>)>),
+    Answer(Spoil),
     /// GELU by its tanh approximation.
     TanhGelu,
+}
+
+impl Wrong {
+    /// What the wrong kernel computes, and the tensors whose gradients say nothing; `None` if the operation refuses the question.
+    fn results(self, op: &Op, case: &Case, right: &Tensors<f64>) -> Option<(Tensors<f64>, BTreeSet<String>)> {
+        let backward = case.has_gradients();
+        match self {
+            Wrong::Question(config, question, changed) => {
+                execute(op.run_f64, &config, &question, backward, None).ok().map(|results| (results, changed))
+            }
+            Wrong::Answer(spoil) => {
+                let mut results = right.clone();
+                spoil(&mut results);
+                Some((results, BTreeSet::new()))
+            }
+            Wrong::TanhGelu => {
+                let run = || execute(op.run_f64, &case.config, &case.question(), backward, None);
+                with_tanh_gelu(run).ok().map(|results| (results, BTreeSet::new()))
+            }
+        }
+    }
+}
+
+/// The mistake, if one explains results that were found wrong: a kernel that makes it computes the same within `close` times the
+/// largest element of each tensor.
+pub(super) fn diagnose(op: &Op, case: &Case, wrong: &Tensors<f64>, close: f64) -> Option<String> {
+    let right = execute(op.run_f64, &case.config, &case.question(), case.has_gradients(), None).ok()?;
+    let distance = |a: &Tensors<f64>, changed: &BTreeSet<String>| {
+        let of_one = |(name, theirs): (&String, &Value<f64>)| match (a.get(name), theirs) {
+            (Some(Value::Float(a)), Value::Float(b)) if a.shape() == b.shape() => {
+                let size = a.data().iter().fold(1e-30f64, |m, x| m.max(x.abs()));
+                a.data()
+                    .iter()
+                    .zip(b.data())
+                    .fold(0.0, |m: f64, (a, b)| if (a - b).is_nan() { f64::INFINITY } else { m.max((a - b).abs()) })
+                    / size
+            }
+            _ => f64::INFINITY,
+        };
+        wrong.iter().filter(|(name, _)| name.strip_prefix("grad.").is_none_or(|of| !changed.contains(of))).map(of_one).fold(0.0, f64::max)
+    };
+    let explains = |mistake: Mistake| {
+        let (results, changed) = mistake.wrong.results(op, case, &right)?;
+        (distance(&results, &changed) <= close && distance(&right, &changed) > close).then_some(mistake.name)
+    };
+    mistakes(case, &right).into_iter().find_map(explains)
 }
 
 /// How a mistake fares with a set of cases.
@@ -121,21 +170,8 @@ fn try_all(op: &Op, case: &Case, outcomes: &mut BTreeMap<String, Outcome>) -> bo
         return false;
     }
     for Mistake { name, wrong } in mistakes(case, &right) {
-        let outcome = match wrong {
-            Wrong::Question(config, question, changed) => match execute(op.run_f64, &config, &question, backward, None) {
-                Ok(results) => verdict(case, &results, &changed),
-                Err(_) => continue,
-            },
-            Wrong::Answer(spoil) => {
-                let mut results = right.clone();
-                spoil(&mut results);
-                verdict(case, &results, &BTreeSet::new())
-            }
-            Wrong::TanhGelu => match with_tanh_gelu(|| execute(op.run_f64, &case.config, &question, backward, None)) {
-                Ok(results) => verdict(case, &results, &BTreeSet::new()),
-                Err(_) => continue,
-            },
-        };
+        let Some((results, changed)) = wrong.results(op, case, &right) else { continue };
+        let outcome = verdict(case, &results, &changed);
         let best = outcomes.entry(any_block(&name)).or_insert(outcome);
         *best = outcome.min(*best);
     }
@@ -232,6 +268,9 @@ fn mistakes(case: &Case, right: &Tensors<f64>) -> Vec<Mistake> {
             let rows = start..start + len;
             let within = rows.clone();
             ask(format!("{layer}: scale dropped"), None, with_rows(&|row, x| (row, if within.contains(&row) { x * scale } else { x })));
+            let (within, share) = (rows.clone(), (heads as f64).powf(-0.5));
+            let scaled = |row, x| (row, if within.contains(&row) { x * share } else { x });
+            ask(format!("{layer}: scale of the whole width instead of the head's"), None, with_rows(&scaled));
             // Channel j of head a is taken from row j·h + a instead of a·d + j.
             let interleave = |row: usize, x: f64| {
                 if !rows.contains(&row) || width == 0 {

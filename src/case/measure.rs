@@ -40,12 +40,23 @@ impl Prepared {
     /// # Errors
     /// The operation refuses them.
     pub fn new(op: &Op, benchmark: &Benchmark, seed: u64) -> Result<Self> {
+        Self::with(op, benchmark.config.clone(), &Self::inputs(op, benchmark, seed)?, Some(seed))
+    }
+
+    /// The shapes of the inputs that [`new`](Self::new) would make, which is what a cost model wants to know.
+    ///
+    /// # Errors
+    /// The operation refuses the configuration or sizes.
+    pub fn shapes(op: &Op, benchmark: &Benchmark) -> Result<Shapes> {
+        Ok(Shapes::of(&Self::inputs(op, benchmark, 0)?))
+    }
+
+    fn inputs(op: &Op, benchmark: &Benchmark, seed: u64) -> Result<Tensors<f64>> {
         let mut rng = Rng::new(seed, Purpose::Case, 0, 1);
         let sizes = benchmark.sizes.clone();
         let mut draw = Draw { rng: &mut rng, sizes, asked: BTreeSet::new(), inputs: Tensors::new() };
         (op.inputs)(&benchmark.config, &mut draw)?;
-        let given = draw.inputs.into_iter().map(|(name, value)| (format!("input.{name}"), value)).collect();
-        Self::with(op, benchmark.config.clone(), &given, Some(seed))
+        Ok(draw.inputs.into_iter().map(|(name, value)| (format!("input.{name}"), value)).collect())
     }
 
     /// The question of a case.

@@ -5,6 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use serde_json::{Value as Json, json};
 
+use super::audit::diagnose;
 use super::compare::{Bound, Finding, compare, compare_zero};
 use super::config::Config;
 use super::format::{Case, Element, Stock, is_answer};
@@ -65,6 +66,8 @@ pub struct Report {
     pub problem: Option<String>,
     /// What limits the verdict: gradients that were not handed in.
     pub note: Option<String>,
+    /// What explains a failure: a known mistake that gives these very results.
+    pub cause: Option<String>,
     /// One per tensor of the answer.
     pub findings: Vec<Finding>,
 }
@@ -72,11 +75,11 @@ pub struct Report {
 impl Report {
     fn new(op: &str, dtype: &'static str, findings: Vec<Finding>) -> Report {
         let verdict = if findings.iter().all(|f| f.passed) { Verdict::Ok } else { Verdict::Fail };
-        Report { op: op.into(), dtype, verdict, problem: None, note: None, findings }
+        Report { op: op.into(), dtype, verdict, problem: None, note: None, cause: None, findings }
     }
 
     fn without_findings(op: &str, dtype: &'static str, verdict: Verdict, problem: String) -> Report {
-        Report { op: op.into(), dtype, verdict, problem: Some(problem), note: None, findings: Vec::new() }
+        Report { op: op.into(), dtype, verdict, problem: Some(problem), note: None, cause: None, findings: Vec::new() }
     }
 
     /// The tensor that is worst in units of its bound.
@@ -106,11 +109,12 @@ impl Report {
         line
     }
 
-    /// One indented line for every tensor that failed, worst first.
+    /// The likely cause, then one indented line for every tensor that failed, worst first.
     pub fn details(&self) -> Vec<String> {
         let mut failed: Vec<&Finding> = self.findings.iter().filter(|f| !f.passed).collect();
         failed.sort_by(|a, b| b.severity().total_cmp(&a.severity()));
-        failed.iter().map(|finding| format!("    {finding}")).collect()
+        let cause = self.cause.iter().map(|cause| format!("    likely cause: {cause}"));
+        cause.chain(failed.iter().map(|finding| format!("    {finding}"))).collect()
     }
 
     /// As JSON.
@@ -121,7 +125,7 @@ impl Report {
             Verdict::Unsupported => "unsupported",
         };
         json!({
-            "case": case, "op": self.op, "dtype": self.dtype, "verdict": verdict, "problem": self.problem, "note": self.note,
+            "case": case, "op": self.op, "dtype": self.dtype, "verdict": verdict, "problem": self.problem, "note": self.note, "cause": self.cause,
             "worst": self.worst().map(|f| f.name.as_str()),
             "tensors": self.findings.iter().map(Finding::to_json).collect::<Vec<_>>(),
         })
@@ -259,6 +263,11 @@ pub fn judge_with(op: Option<&Op>, case: &Case, actual: &Stock) -> Result<Report
     };
     let mut report = Report::new(&case.op, dtype, findings);
     report.note = forward_only.then(|| "outputs only: no gradients were handed in".into());
+    if let (Verdict::Fail, Some(op)) = (report.verdict, op) {
+        let theirs = given.iter().filter_map(|(name, theirs)| Some((name.to_string(), actual.tensors.get(*theirs)?.clone()))).collect();
+        let coarsest = given.values().filter_map(|theirs| actual.elements.get(*theirs)).map(|e| e.epsilon()).fold(0.0, f64::max);
+        report.cause = diagnose(op, case, &theirs, (MANY_ULPS * coarsest).max(1e-4));
+    }
     if given.is_empty() {
         report.verdict = Verdict::Fail;
         report.problem = Some(format!("no tensor of the results is named like one of the answer: {}", wanted.join(", ")));

@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 use serde_json::{Value as Json, json};
 
 use super::{Outcome, say};
-use crate::case::operations;
+use crate::case::{BenchSize, Op, Prepared, operations};
 use crate::error::Result;
 use crate::mim::Objective;
 use crate::mim::methods::{METHODS, build, default_image_size};
@@ -30,18 +30,33 @@ enum What {
     Models,
 }
 
+/// The cost of an attention mechanism at the size of a small ViT's layer.
+fn cost(op: &Op) -> Option<crate::case::Cost> {
+    let benchmark = (op.bench)(BenchSize { tokens: 196, dim: 384, heads: 8 })?;
+    Prepared::shapes(op, &benchmark).and_then(|shapes| (op.cost)(&benchmark.config, &shapes)).ok()?
+}
+
 impl List {
     pub(super) fn run(&self, out: &mut dyn Write) -> Result<Outcome> {
         match self.what {
             What::Ops if self.json => {
-                let ops: Vec<Json> = operations().iter().map(|op| json!({ "name": op.name, "paper": op.paper, "data": op.data })).collect();
-                say(out, Json::Array(ops))?;
+                let ops = operations().iter().map(|op| {
+                    let cost = cost(op).map(|cost| json!({ "flops": cost.flops, "activation_bytes": cost.activation_bytes }));
+                    json!({ "name": op.name, "paper": op.paper, "data": op.data, "cost": cost })
+                });
+                say(out, Json::Array(ops.collect()))?;
             }
             What::Ops => {
                 let width = operations().iter().map(|op| op.name.len()).max().unwrap_or(0);
+                say(out, format!("{:<width$}  {:>8}{:>8}  paper", "operation", "MFLOPs", "MB kept"))?;
                 for op in operations() {
-                    say(out, format!("{:<width$}  {}", op.name, op.paper))?;
+                    let [flops, bytes] = match cost(op) {
+                        Some(cost) => [cost.flops, cost.activation_bytes].map(|n| format!("{:.1}", n as f64 / 1e6)),
+                        None => ["", ""].map(String::from),
+                    };
+                    say(out, format!("{:<width$}  {flops:>8}{bytes:>8}  {}", op.name, op.paper))?;
                 }
+                say(out, "costs: forward pass of attention mechanisms for one image of 196 tokens, width 384, 8 heads, in f32")?;
             }
             What::Methods if self.json => {
                 let methods = METHODS.iter().map(|m| json!({ "name": m.name, "paper": m.paper, "models": m.models }));
