@@ -10,7 +10,7 @@ mod gemm;
 mod micro;
 mod view;
 
-pub use columns::{ColumnsMut, par_blocks};
+pub use columns::{ColumnsMut, Dealt, RowsMut, disjoint, par_blocks, par_rows};
 pub use count::{count_flops, counted, flops_so_far};
 pub use view::{Mat, MatMut};
 
