@@ -130,6 +130,83 @@ pub fn par_tiles<T: Send>(matrix: ColumnsMut<'_, T>, tiling: Tiling, work: impl 
     });
 }
 
+/// A matrix whose rows [`par_rows`] deals out: task `t` of block `(batch, head)` owns the rows `rows[t]` of that block.
+pub struct Dealt<'a, T> {
+    /// The matrix.
+    pub matrix: ColumnsMut<'a, T>,
+    /// Block `(batch, head)` is row block `batch · heads + head` instead of a block of the grid of row and column blocks.
+    pub stacked: bool,
+    /// For every task the rows that it owns, counted in the block. A row may stand in one task's list alone.
+    pub rows: &'a [&'a [u32]],
+}
+
+/// The rows of a block that a task owns.
+pub struct RowsMut<'a, T> {
+    block: ColumnsMut<'a, T>,
+    rows: &'a [u32],
+}
+
+impl<T> RowsMut<'_, T> {
+    /// The row that stands at `index` in the task's list.
+    #[inline]
+    pub fn row(&mut self, index: usize) -> &mut [T] {
+        self.block.row(self.rows[index] as usize)
+    }
+}
+
+/// Whether no two of the lists, which hold numbers below `limit`, share a number.
+pub fn disjoint(lists: &[&[u32]], limit: usize) -> bool {
+    if lists.len() < 2 {
+        return true;
+    }
+    let mut seen = vec![0u64; limit.div_ceil(64)];
+    lists.iter().all(|list| {
+        let free = list.iter().all(|&r| (r as usize) < limit && seen[r as usize / 64] >> (r % 64) & 1 == 0);
+        if free {
+            list.iter().for_each(|&r| seen[r as usize / 64] |= 1 << (r % 64));
+        }
+        free
+    })
+}
+
+/// [`par_blocks`] with every block shared by several tasks, each of which owns some of its rows: calls
+/// `work([batch, head, task], rows, runs)` in parallel. `runs` holds row block `(batch · heads + head) · tasks + task` of each matrix in
+/// `stacks`. Panics if two tasks would own the same row.
+pub fn par_rows<T: Send, const M: usize, const S: usize>(
+    dealt: [Dealt<'_, T>; M],
+    stacks: [ColumnsMut<'_, T>; S],
+    [batches, heads, tasks]: [usize; 3],
+    work: impl Fn([usize; 3], [RowsMut<'_, T>; M], [ColumnsMut<'_, T>; S]) + Sync,
+) {
+    let (blocks, count) = (batches * heads, batches * heads * tasks);
+    assert!(count > 0, "no blocks");
+    for d in &dealt {
+        let (rows, columns) = if d.stacked { (blocks, 1) } else { (batches, heads) };
+        assert!(d.matrix.rows.is_multiple_of(rows) && d.matrix.width.is_multiple_of(columns), "blocks of unequal size");
+        assert!(d.rows.len() == tasks && disjoint(d.rows, d.matrix.rows / rows), "tasks that share rows");
+    }
+    assert!(stacks.iter().all(|s| s.rows.is_multiple_of(count)), "blocks of unequal size");
+    /// Lets threads look at the matrices; each takes other rows of them.
+    struct Parts<'a, T, const M: usize, const S: usize>([Dealt<'a, T>; M], [ColumnsMut<'a, T>; S]);
+    // SAFETY: the matrices themselves are never written through a shared reference, only the rows dealt out below.
+    unsafe impl<T: Send, const M: usize, const S: usize> Sync for Parts<'_, T, M, S> {}
+    let parts = &Parts(dealt, stacks);
+    (0..count).into_par_iter().for_each(|index| {
+        let (block, task) = (index / tasks, index % tasks);
+        let (batch, head) = (block / heads, block % heads);
+        let rows = std::array::from_fn(|m| {
+            let Dealt { matrix, stacked, rows } = &parts.0[m];
+            let (row, column) = if *stacked { ((block, blocks), (0, 1)) } else { ((batch, batches), (head, heads)) };
+            // SAFETY: the tasks of a block touch the rows of their lists only, which share no row (checked above); every index
+            // makes its own, once.
+            RowsMut { block: unsafe { matrix.block(row, column) }, rows: rows[task] }
+        });
+        // SAFETY: every index makes its own blocks, once.
+        let runs = std::array::from_fn(|s| unsafe { parts.1[s].block((index, count), (0, 1)) });
+        work([batch, head, task], rows, runs);
+    });
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -165,5 +242,37 @@ mod tests {
             let (r, c) = (i / 9, i % 9);
             assert_eq!(x, if c < 6 { 10 * (r / 3) + c / 2 + 1 } else { 100 * (r % 2) }, "({r}, {c})");
         }
+    }
+
+    #[test]
+    fn dealt_rows_cover_the_matrix_once() {
+        let mut data = vec![0usize; 6 * 4];
+        let mut stacked = vec![0usize; 12];
+        let rows: [&[u32]; 2] = [&[2, 0], &[1]];
+        let dealt = [
+            Dealt { matrix: ColumnsMut::new(&mut data, 4), stacked: false, rows: &rows },
+            Dealt { matrix: ColumnsMut::new(&mut stacked, 1), stacked: true, rows: &rows },
+        ];
+        par_rows(dealt, [], [2, 2, 2], |[b, h, t], [mut grid, mut stack], []| {
+            for i in 0..rows[t].len() {
+                grid.row(i).iter_mut().for_each(|x| *x += 100 * b + 10 * h + t + 1);
+                stack.row(i)[0] += 100 * b + 10 * h + t + 1;
+            }
+        });
+        let expected = |b, h, r| 100 * b + 10 * h + usize::from(r == 1) + 1;
+        for (i, &x) in data.iter().enumerate() {
+            assert_eq!(x, expected(i / 12, i % 4 / 2, i / 4 % 3));
+        }
+        for (i, &x) in stacked.iter().enumerate() {
+            assert_eq!(x, expected(i / 6, i / 3 % 2, i % 3));
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "tasks that share rows")]
+    fn shared_rows_are_refused() {
+        let mut data = [0usize; 3];
+        let rows: [&[u32]; 2] = [&[2, 0], &[0]];
+        par_rows([Dealt { matrix: ColumnsMut::new(&mut data, 1), stacked: false, rows: &rows }], [], [1, 1, 2], |_, _, []| {});
     }
 }

@@ -10,7 +10,7 @@ mod gemm;
 mod micro;
 mod view;
 
-pub use columns::{ColumnsMut, Tiling, par_blocks, par_tiles};
+pub use columns::{ColumnsMut, Dealt, RowsMut, Tiling, disjoint, par_blocks, par_rows, par_tiles};
 pub use count::{count_flops, counted, flops_so_far};
 pub use view::{Mat, MatMut};
 

@@ -34,3 +34,8 @@ pub fn normal_02(_: usize, _: usize) -> Init {
 pub fn xavier(fan_in: usize, fan_out: usize) -> Init {
     Init::XavierUniform { fan_in, fan_out }
 }
+
+/// Xavier-normal initialisation.
+pub fn xavier_normal(fan_in: usize, fan_out: usize) -> Init {
+    Init::Normal((2.0 / (fan_in + fan_out) as f64).sqrt())
+}

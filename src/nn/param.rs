@@ -15,6 +15,13 @@ pub enum Init {
     Constant(f64),
     /// Normal with this standard deviation (what the field writes as `trunc_normal_(std=0.02)` truncates at ±2, that is, never).
     Normal(f64),
+    /// Normal around another mean than 0.
+    NormalAround {
+        /// The mean.
+        mean: f64,
+        /// The standard deviation.
+        std: f64,
+    },
     /// Uniform in `±√(6 / (fan_in + fan_out))`.
     XavierUniform {
         /// Inputs of the linear map.
@@ -262,6 +269,7 @@ fn fill<T: Float>(values: &mut [T], init: Init, rng: &mut Rng) {
         *x = T::from_f64(match init {
             Init::Constant(c) => c,
             Init::Normal(std) => std * rng.normal(),
+            Init::NormalAround { mean, std } => mean + std * rng.normal(),
             Init::XavierUniform { fan_in, fan_out } => {
                 let bound = (6.0 / (fan_in + fan_out) as f64).sqrt();
                 rng.range(-bound, bound)
