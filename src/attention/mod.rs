@@ -1,4 +1,7 @@
 //! Attention mechanisms: one file each, equations first, then configuration, parameters, forward, backward, operation.
 
+pub mod cluster;
+pub mod dilated;
 pub mod softmax;
+pub mod swda;
 pub mod window;

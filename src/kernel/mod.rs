@@ -6,6 +6,8 @@
 pub mod attention;
 pub mod channel_norm;
 pub mod depthwise;
+pub mod cluster;
+pub mod dilated;
 pub mod elementwise;
 pub mod im2col;
 pub mod maps;

@@ -29,6 +29,14 @@ impl Linear {
         Linear { weight, bias, inputs, outputs }
     }
 
+    /// A 1×1 convolution over channels-last maps: `weight` `[out, in, 1, 1]`; weight and bias start as PyTorch starts convolutions.
+    pub fn pointwise(mut names: Names, inputs: usize, outputs: usize, bias: bool) -> Self {
+        let init = Init::FanIn(inputs);
+        let weight = names.param("weight", [outputs, inputs, 1, 1], init);
+        let bias = bias.then(|| names.param("bias", [outputs], init));
+        Linear { weight, bias, inputs, outputs }
+    }
+
     /// The width of the output.
     pub fn outputs(&self) -> usize {
         self.outputs
@@ -95,6 +103,15 @@ impl Linear {
             Epilogue::default(),
         );
         Ok(dx)
+    }
+
+    /// `dx += dy W`, where several layers read the same input.
+    pub fn add_backward_input<T: Float>(&self, p: &Params<T>, dx: &mut Tensor<T>, dy: &Tensor<T>) -> Result<()> {
+        let rows = self.rows("gradient of a linear layer", dy, self.outputs)?;
+        dx.expect_shape("gradient of the input of a linear layer", dy.shape().with_last(self.inputs))?;
+        let epilogue = Epilogue { accumulate: true, ..Epilogue::default() };
+        gemm(Mat::new(dy.data(), rows, self.outputs), self.weight_matrix(p), MatMut::new(dx.data_mut(), rows, self.inputs), epilogue);
+        Ok(())
     }
 
     /// For `y = GELU(h) Wᵀ + b`: `dh = dy W ⊙ GELU′(h)`, and `GELU(h)`, which [`backward_params`](Self::backward_params) needs.

@@ -6,4 +6,6 @@
 mod common;
 
 mod core;
+mod cluster;
+mod dilated;
 mod softmax;
