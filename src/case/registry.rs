@@ -34,6 +34,7 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::grouping::ops::GroupOptimal>(),
     Op::of::<crate::grouping::ops::GroupSweep>(),
     Op::of::<crate::grouping::ops::GroupPlan>(),
+    Op::of::<crate::nn::soft_split::SoftSplitOp>(),
 ];
 
 /// All operations, in order of the sheets.

@@ -15,6 +15,7 @@ pub mod pool;
 pub mod reduce;
 pub mod resize;
 pub mod rows;
+pub mod unfold;
 
 use crate::simd::{LANES, Vector};
 

@@ -24,9 +24,14 @@ impl Mlp {
     }
 
     /// Registers `fc1` and `fc2` with an initialisation for each.
-    pub fn with_inits(mut names: Names, dim: usize, hidden: usize, [first, second]: [Init; 2]) -> Self {
-        let fc1 = Linear::new(names.at("fc1"), dim, hidden, true, first);
-        let fc2 = Linear::new(names.at("fc2"), hidden, dim, true, second);
+    pub fn with_inits(names: Names, dim: usize, hidden: usize, inits: [Init; 2]) -> Self {
+        Self::named(names, ["fc1", "fc2"], dim, hidden, inits)
+    }
+
+    /// Registers the two layers under other names: `["0", "2"]` where the MLP was published as a sequence.
+    pub fn named(mut names: Names, layers: [&str; 2], dim: usize, hidden: usize, [first, second]: [Init; 2]) -> Self {
+        let fc1 = Linear::new(names.at(layers[0]), dim, hidden, true, first);
+        let fc2 = Linear::new(names.at(layers[1]), hidden, dim, true, second);
         Mlp { fc1, fc2 }
     }
 

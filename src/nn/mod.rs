@@ -15,6 +15,7 @@ pub mod patch_embed;
 pub mod pool;
 pub mod positions;
 pub mod resize;
+pub mod soft_split;
 
 pub use batch_norm::BatchNorm2d;
 pub use conv::{Conv2d, ConvSettings};
@@ -24,6 +25,7 @@ pub use mlp::Mlp;
 pub use norm::{LayerNorm, Stats};
 pub use param::{Entry, Init, Layout, Names, Param, Params};
 pub use patch_embed::PatchEmbed;
+pub use soft_split::SoftSplit;
 
 /// The usual initialisation of transformer weights, normal with deviation 0.02, for any fan-in and fan-out.
 pub fn normal_02(_: usize, _: usize) -> Init {
