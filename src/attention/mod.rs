@@ -1,4 +1,5 @@
 //! Attention mechanisms: one file each, equations first, then configuration, parameters, forward, backward, operation.
 
+pub mod performer;
 pub mod softmax;
 pub mod window;

@@ -35,6 +35,8 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::grouping::ops::GroupSweep>(),
     Op::of::<crate::grouping::ops::GroupPlan>(),
     Op::of::<crate::nn::soft_split::SoftSplitOp>(),
+    Op::of::<crate::attention::performer::PerformerFeatures>(),
+    Op::of::<crate::attention::performer::PerformerAttention>(),
 ];
 
 /// All operations, in order of the sheets.

@@ -6,6 +6,7 @@
 pub mod batch_norm;
 pub mod conv;
 pub mod group_norm;
+pub mod dropout;
 mod linear;
 pub mod maps;
 pub mod mlp;
