@@ -2,4 +2,5 @@
 
 pub mod performer;
 pub mod softmax;
+pub mod token_transformer;
 pub mod window;

@@ -229,9 +229,10 @@ impl Performer {
             Some(dropout) => {
                 let mut y = self.proj.forward(p, &mixed)?;
                 dropout.apply(y.data_mut(), 0);
-                for (y, kqv) in y.data_mut().chunks_exact_mut(e).zip(kqv.data().chunks_exact(3 * e)) {
-                    elementwise::add(y, &kqv[2 * e..]);
-                }
+                let skip = plan.part(&kqv, 2, 0, batch * tokens);
+                y.data_mut().chunks_exact_mut(e).enumerate().for_each(|(i, y)| {
+                    y.iter_mut().zip(&skip.data()[i * 3 * e..]).for_each(|(y, &v)| *y += v);
+                });
                 y
             }
         };

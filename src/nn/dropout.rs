@@ -18,6 +18,8 @@ const CHUNK: usize = 4096;
 pub struct Dropout {
     rate: f64,
     seed: u64,
+    /// The first layer's number.
+    first: u64,
 }
 
 impl Dropout {
@@ -28,14 +30,19 @@ impl Dropout {
             return Err(Error::config("dropout", format!("expected a rate of at least 0 and less than 1, found {rate}")));
         }
         let on = config.bool_or("training", false)? && rate > 0.0;
-        Ok(on.then_some(Dropout { rate, seed: config.usize_or("seed", 0)? as u64 }))
+        Ok(on.then_some(Dropout { rate, seed: config.usize_or("seed", 0)? as u64, first: 0 }))
+    }
+
+    /// The same for another block, whose layers count from `first`.
+    pub fn from_layer(self, first: u64) -> Dropout {
+        Dropout { first, ..self }
     }
 
     /// Masks `x`, or its gradient; `layer` tells the uses of one seed apart.
     pub fn apply<T: Float>(&self, x: &mut [T], layer: u64) {
         let keep = T::from_f64(1.0 / (1.0 - self.rate));
         x.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, x)| {
-            let mut rng = Rng::new(self.seed, Purpose::DropPath, layer, chunk as u64);
+            let mut rng = Rng::new(self.seed, Purpose::DropPath, self.first + layer, chunk as u64);
             for x in x {
                 *x = if rng.uniform() < self.rate { T::ZERO } else { *x * keep };
             }

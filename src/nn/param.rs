@@ -31,6 +31,11 @@ pub enum Init {
         /// Columns of the matrix.
         cols: usize,
     },
+    /// The table of [`sinusoid_at`](super::positions::sinusoid_at), rounded to f32 as published.
+    Sinusoid {
+        /// Width of a row.
+        dim: usize,
+    },
     /// The sine-cosine table of a square grid, see [`sincos2d`](Init::sincos2d).
     SinCos2d {
         /// Width of a row.
@@ -281,6 +286,7 @@ fn fill<T: Float>(values: &mut [T], init: Init, rng: &mut Rng) {
                 let bound = 1.0 / (fan_in as f64).sqrt();
                 rng.range(-bound, bound)
             }
+            Init::Sinusoid { dim } => f64::from(super::positions::sinusoid_at(dim, i / dim, i % dim) as f32),
             Init::Orthogonal { .. } => unreachable!("filled above"),
             Init::SinCos2d { dim, grid, prefix } => match (i / dim).checked_sub(prefix) {
                 None => 0.0,
