@@ -5,4 +5,6 @@
 
 mod common;
 
+mod performer;
 mod softmax;
+mod token_transformer;
