@@ -2,6 +2,9 @@
 
 pub mod cluster;
 pub mod dilated;
+pub mod performer;
+pub mod softmax;
 pub mod softmax;
 pub mod swda;
+pub mod token_transformer;
 pub mod window;

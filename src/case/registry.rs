@@ -38,6 +38,15 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::grouping::ops::GroupOptimal>(),
     Op::of::<crate::grouping::ops::GroupSweep>(),
     Op::of::<crate::grouping::ops::GroupPlan>(),
+    Op::of::<crate::nn::soft_split::SoftSplitOp>(),
+    Op::of::<crate::nn::positions::SinusoidPosition>(),
+    Op::of::<crate::attention::performer::PerformerFeatures>(),
+    Op::of::<crate::attention::performer::PerformerAttention>(),
+    Op::of::<crate::attention::token_transformer::TokenTransformer>(),
+    Op::of::<crate::model::t2t_block::TokenTransformerBlock>(),
+    Op::of::<crate::model::t2t_block::TokenPerformerBlock>(),
+    Op::of::<crate::model::t2t::T2tModuleOp>(),
+    Op::of::<crate::model::t2t::ModelT2tVit>(),
 ];
 
 /// All operations, in order of the sheets.

@@ -5,18 +5,23 @@
 
 pub mod attention;
 pub mod channel_norm;
-pub mod depthwise;
 pub mod cluster;
+pub mod depthwise;
 pub mod dilated;
 pub mod elementwise;
+pub mod features;
 pub mod im2col;
 pub mod maps;
 pub mod norm;
+pub mod norm;
 pub mod optim;
+pub mod optim;
+pub mod pieces;
 pub mod pool;
 pub mod reduce;
 pub mod resize;
 pub mod rows;
+pub mod unfold;
 
 use crate::simd::{LANES, Vector};
 

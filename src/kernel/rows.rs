@@ -26,6 +26,53 @@ pub fn scatter<T: Float>(out: &mut [T], x: &[T], index: &[u32], width: usize) {
     }
 }
 
+struct AddToColumns<'a, T> {
+    out: &'a mut [T],
+    stride: usize,
+    first: usize,
+    x: &'a [T],
+    width: usize,
+}
+
+impl<T: Float> Kernel<T> for AddToColumns<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<V: Vector<T>>(self) {
+        for (out, x) in self.out.chunks_exact_mut(self.stride).zip(self.x.chunks_exact(self.width)) {
+            let out = &mut out[self.first..self.first + self.width];
+            let mut j = 0;
+            while j < x.len() {
+                put(get::<T, V>(out, j, T::ZERO) + get(x, j, T::ZERO), out, j);
+                j += LANES;
+            }
+        }
+    }
+}
+
+/// Adds rows of `width` values to columns `first..` of rows of `stride`: the gradient that reaches one part of `[q|k|v]` directly.
+pub fn add_to_columns<T: Float>(out: &mut [T], stride: usize, first: usize, x: &[T], width: usize) {
+    assert!(width > 0 && first + width <= stride && out.len() * width == x.len() * stride);
+    let chunk = chunk_rows(stride);
+    out.par_chunks_mut(chunk * stride)
+        .zip(x.par_chunks(chunk * width))
+        .for_each(|(out, x)| T::dispatch(AddToColumns { out, stride, first, x, width }));
+}
+
+/// `out[j, i] = x[i, j]` for `rows × cols` values.
+pub fn transpose<T: Float>(out: &mut [T], x: &[T], rows: usize, cols: usize) {
+    assert!(out.len() == rows * cols && x.len() == rows * cols);
+    // Blocks of 16 × 16, so that both sides are touched a cache line at a time.
+    for i0 in (0..rows).step_by(LANES) {
+        for j0 in (0..cols).step_by(LANES) {
+            for i in i0..rows.min(i0 + LANES) {
+                for j in j0..cols.min(j0 + LANES) {
+                    out[j * rows + i] = x[i * cols + j];
+                }
+            }
+        }
+    }
+}
+
 /// Row `i` of image b of `out` ← row `index[i]` of image b of `x`; an index beyond the rows of `x` gives zeros.
 pub fn gather_batch<T: Float>(out: &mut [T], x: &[T], index: &[u32], batch: usize, width: usize) {
     assert!(out.len() == batch * index.len() * width && (batch == 0 || x.len().is_multiple_of(batch)));

@@ -37,6 +37,11 @@ impl Linear {
         Linear { weight, bias, inputs, outputs }
     }
 
+    /// The width of the input.
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
     /// The width of the output.
     pub fn outputs(&self) -> usize {
         self.outputs
@@ -68,16 +73,17 @@ impl Linear {
 
     /// `x Wᵀ + b`, plus `residual` (of the output's shape).
     pub fn forward_onto<T: Float>(&self, p: &Params<T>, x: &Tensor<T>, residual: Option<&Tensor<T>>) -> Result<Tensor<T>> {
+        if let Some(residual) = residual {
+            residual.expect_shape("residual", x.shape().with_last(self.outputs))?;
+        }
+        self.forward_onto_rows(p, x, residual.map(|r| Mat::new(r.data(), x.shape().rows_cols().0, self.outputs)))
+    }
+
+    /// `x Wᵀ + b`, plus `residual`: the rows of the output, which may be columns of something wider. Panics if their number differs.
+    pub fn forward_onto_rows<T: Float>(&self, p: &Params<T>, x: &Tensor<T>, residual: Option<Mat<T>>) -> Result<Tensor<T>> {
         let rows = self.rows("input of a linear layer", x, self.inputs)?;
         let mut y = Tensor::scratch(x.shape().with_last(self.outputs));
-        if let Some(residual) = residual {
-            residual.expect_shape("residual", y.shape())?;
-        }
-        let epilogue = Epilogue {
-            bias: self.bias.map(|b| p.get(b)),
-            residual: residual.map(|r| Mat::new(r.data(), rows, self.outputs)),
-            ..Epilogue::default()
-        };
+        let epilogue = Epilogue { bias: self.bias.map(|b| p.get(b)), residual, ..Epilogue::default() };
         gemm(Mat::new(x.data(), rows, self.inputs), self.weight_matrix(p).t(), MatMut::new(y.data_mut(), rows, self.outputs), epilogue);
         Ok(y)
     }

@@ -5,6 +5,7 @@
 
 pub mod batch_norm;
 pub mod conv;
+pub mod dropout;
 pub mod group_norm;
 mod linear;
 pub mod maps;
@@ -15,6 +16,7 @@ pub mod patch_embed;
 pub mod pool;
 pub mod positions;
 pub mod resize;
+pub mod soft_split;
 
 pub use batch_norm::BatchNorm2d;
 pub use conv::{Conv2d, ConvSettings};
@@ -24,6 +26,7 @@ pub use mlp::Mlp;
 pub use norm::{LayerNorm, Stats};
 pub use param::{Entry, Init, Layout, Names, Param, Params};
 pub use patch_embed::PatchEmbed;
+pub use soft_split::SoftSplit;
 
 /// The usual initialisation of transformer weights, normal with deviation 0.02, for any fan-in and fan-out.
 pub fn normal_02(_: usize, _: usize) -> Init {

@@ -24,6 +24,16 @@ impl LayerNorm {
         LayerNorm { weight, bias, width, eps }
     }
 
+    /// `weight` and `bias`.
+    pub fn params(&self) -> [Param; 2] {
+        [self.weight, self.bias]
+    }
+
+    /// ε.
+    pub fn eps(&self) -> f64 {
+        self.eps
+    }
+
     /// The normalised rows and their statistics.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: &Tensor<T>) -> Result<(Tensor<T>, Stats<T>)> {
         let (rows, cols) = x.shape().rows_cols();

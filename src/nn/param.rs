@@ -31,6 +31,18 @@ pub enum Init {
     },
     /// Uniform in `±1/√fan_in`: PyTorch's default for linear and convolution weights and their biases.
     FanIn(usize),
+    /// A random matrix with orthonormal rows, times `√rows`; if it has more rows than columns, with orthonormal columns.
+    Orthogonal {
+        /// Rows of the matrix.
+        rows: usize,
+        /// Columns of the matrix.
+        cols: usize,
+    },
+    /// The table of [`sinusoid_at`](super::positions::sinusoid_at), rounded to f32 as published.
+    Sinusoid {
+        /// Width of a row.
+        dim: usize,
+    },
     /// The sine-cosine table of a square grid, see [`sincos2d`](Init::sincos2d).
     SinCos2d {
         /// Width of a row.
@@ -265,6 +277,10 @@ impl<T: Float> Params<T> {
 }
 
 fn fill<T: Float>(values: &mut [T], init: Init, rng: &mut Rng) {
+    if let Init::Orthogonal { rows, cols } = init {
+        let matrix = orthogonal(rows, cols, rng);
+        return values.iter_mut().zip(matrix).for_each(|(x, q)| *x = T::from_f64(q));
+    }
     for (i, x) in values.iter_mut().enumerate() {
         *x = T::from_f64(match init {
             Init::Constant(c) => c,
@@ -278,10 +294,32 @@ fn fill<T: Float>(values: &mut [T], init: Init, rng: &mut Rng) {
                 let bound = 1.0 / (fan_in as f64).sqrt();
                 rng.range(-bound, bound)
             }
+            Init::Sinusoid { dim } => f64::from(super::positions::sinusoid_at(dim, i / dim, i % dim) as f32),
+            Init::Orthogonal { .. } => unreachable!("filled above"),
             Init::SinCos2d { dim, grid, prefix } => match (i / dim).checked_sub(prefix) {
                 None => 0.0,
                 Some(token) => super::positions::sincos2d_at(dim, grid, token, i % dim),
             },
         });
     }
+}
+
+/// [`Init::Orthogonal`]: Gram-Schmidt over the shorter side of a normal matrix, twice, so that nothing is left of rounding.
+fn orthogonal(rows: usize, cols: usize, rng: &mut Rng) -> Vec<f64> {
+    let (count, len) = (rows.min(cols), rows.max(cols));
+    let mut vectors: Vec<f64> = (0..count * len).map(|_| rng.normal()).collect();
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).fold(0.0, |sum, (a, b)| sum + a * b);
+    for i in 0..count {
+        let (before, rest) = vectors.split_at_mut(i * len);
+        let v = &mut rest[..len];
+        for q in before.chunks_exact(len).chain(before.chunks_exact(len)) {
+            let overlap = dot(q, v);
+            v.iter_mut().zip(q).for_each(|(v, q)| *v -= overlap * q);
+        }
+        let norm = dot(v, v).sqrt();
+        v.iter_mut().for_each(|v| *v /= norm);
+    }
+    let scale = (rows as f64).sqrt();
+    let at = |i: usize, j: usize| if rows <= cols { vectors[i * len + j] } else { vectors[j * len + i] };
+    (0..rows * cols).map(|k| scale * at(k / cols, k % cols)).collect()
 }

@@ -33,7 +33,7 @@ pub enum Purpose {
     Augment = 3,
     /// Masks of masked image modeling.
     Mask = 4,
-    /// Drop path.
+    /// Drop path and dropout.
     DropPath = 5,
     /// Golden cases, property tests, benchmarks.
     Case = 6,

@@ -5,7 +5,9 @@
 
 mod common;
 
-mod core;
 mod cluster;
+mod core;
 mod dilated;
+mod performer;
 mod softmax;
+mod token_transformer;
