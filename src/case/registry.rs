@@ -27,6 +27,9 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::grouping::ops::GroupOptimal>(),
     Op::of::<crate::grouping::ops::GroupSweep>(),
     Op::of::<crate::grouping::ops::GroupPlan>(),
+    Op::of::<crate::mim::uniform::MaskUniform>(),
+    Op::of::<crate::mim::uniform::MaskSecondary>(),
+    Op::of::<crate::mim::uniform::UmCompact>(),
 ];
 
 /// All operations, in order of the sheets.
