@@ -1,4 +1,5 @@
 //! Attention mechanisms: one file each, equations first, then configuration, parameters, forward, backward, operation.
 
 pub mod softmax;
+pub mod um_window;
 pub mod window;

@@ -30,6 +30,7 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::mim::uniform::MaskUniform>(),
     Op::of::<crate::mim::uniform::MaskSecondary>(),
     Op::of::<crate::mim::uniform::UmCompact>(),
+    Op::of::<crate::attention::um_window::UmWindowAttention>(),
 ];
 
 /// All operations, in order of the sheets.

@@ -7,6 +7,7 @@ pub mod attention;
 pub mod elementwise;
 pub mod norm;
 pub mod optim;
+pub mod position_mlp;
 pub mod reduce;
 pub mod rows;
 
