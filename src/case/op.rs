@@ -34,20 +34,37 @@ impl<T: Float> Value<T> {
 /// Named tensors, in order of name.
 pub type Tensors<T> = BTreeMap<String, Value<T>>;
 
-/// The shapes of an operation's inputs, by name without the `input.` prefix.
+/// The shapes of an operation's inputs, by name without the `input.` prefix; of integer inputs (coordinates, masks) the values too, for
+/// they can say how much there is to do.
 #[derive(Clone, Debug, Default)]
-pub struct Shapes(BTreeMap<String, Shape>);
+pub struct Shapes {
+    shapes: BTreeMap<String, Shape>,
+    ints: BTreeMap<String, IntTensor>,
+}
 
 impl Shapes {
     /// The shapes of the `input.*` among named tensors.
     pub fn of<T: Float>(tensors: &Tensors<T>) -> Self {
-        Shapes(tensors.iter().filter_map(|(name, value)| Some((name.strip_prefix("input.")?.to_string(), value.shape()))).collect())
+        let mut of = Shapes::default();
+        for (name, value) in tensors {
+            let Some(name) = name.strip_prefix("input.") else { continue };
+            of.shapes.insert(name.into(), value.shape());
+            if let Value::Int(t) = value {
+                of.ints.insert(name.into(), t.clone());
+            }
+        }
+        of
     }
 
     /// The dimensions of an input: `let [b, n, c] = shapes.dims("x")?`.
     pub fn dims<const R: usize>(&self, name: &str) -> Result<[usize; R]> {
-        let shape = self.0.get(name).ok_or_else(|| Error::missing(format!("input `{name}`")))?;
+        let shape = self.shapes.get(name).ok_or_else(|| Error::missing(format!("input `{name}`")))?;
         shape.dims(&format!("input `{name}`"))
+    }
+
+    /// An integer input.
+    pub fn ints(&self, name: &str) -> Result<&IntTensor> {
+        self.ints.get(name).ok_or_else(|| Error::missing(format!("input `{name}`")))
     }
 }
 

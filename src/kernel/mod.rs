@@ -4,7 +4,9 @@
 //! go through fixed chunks whose parts are added in order.
 
 pub mod attention;
+pub mod cells;
 pub mod elementwise;
+pub mod neighbours;
 pub mod norm;
 pub mod optim;
 pub mod position_mlp;

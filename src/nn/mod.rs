@@ -3,18 +3,22 @@
 //! A layer is a pair of functions: `forward(params, x) → (y, saved)` and `backward(params, grads, x, saved, dy) → dx`. Gradients of
 //! parameters are added to; what is cheaper to recompute than to keep is recomputed.
 
+mod cells;
 mod linear;
 pub mod mlp;
 mod norm;
 mod param;
 pub mod patch_embed;
+pub mod peg;
 pub mod positions;
 
+pub use cells::{CellConv, Cells};
 pub use linear::Linear;
 pub use mlp::Mlp;
 pub use norm::{LayerNorm, Stats};
 pub use param::{Entry, Init, Layout, Names, Param, Params};
 pub use patch_embed::PatchEmbed;
+pub use peg::Peg;
 
 /// The usual initialisation of transformer weights, normal with deviation 0.02, for any fan-in and fan-out.
 pub fn normal_02(_: usize, _: usize) -> Init {
