@@ -223,10 +223,16 @@ pub fn sample_settings(rng: &mut Rng, config: &mut Config) {
     config.set("qk_scale", if rng.chance(0.3) { serde_json::json!(rng.range(0.2, 1.0)) } else { serde_json::Value::Null });
 }
 
-/// Coordinates of a random non-empty set of visible tokens, in raster order.
+/// Coordinates of a random non-empty set of visible tokens, in raster order: of as many as `visible` says where that size is fixed.
 pub fn draw_coords(draw: &mut Draw, height: usize, width: usize) -> Result<usize> {
-    let share = draw.rng.uniform();
-    let mut seen: Vec<usize> = (0..height * width).filter(|_| draw.rng.chance(share)).collect();
+    let mut seen: Vec<usize> = match draw.sizes.get("visible") {
+        Some(&count) => draw.rng.permutation(height * width)[..count.min(height * width)].to_vec(),
+        None => {
+            let share = draw.rng.uniform();
+            (0..height * width).filter(|_| draw.rng.chance(share)).collect()
+        }
+    };
+    seen.sort_unstable();
     if seen.is_empty() {
         seen.push(draw.rng.below(height * width));
     }

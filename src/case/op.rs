@@ -34,28 +34,43 @@ impl<T: Float> Value<T> {
 /// Named tensors, in order of name.
 pub type Tensors<T> = BTreeMap<String, Value<T>>;
 
-/// The shapes of an operation's inputs, by name without the `input.` prefix; those of parameters by full name.
+/// The shapes of an operation's inputs, by name without the `input.` prefix, and those of parameters by full name; of integer inputs
+/// (coordinates, masks) the values too, for they can say how much there is to do.
 #[derive(Clone, Debug, Default)]
-pub struct Shapes(BTreeMap<String, Shape>);
+pub struct Shapes {
+    shapes: BTreeMap<String, Shape>,
+    ints: BTreeMap<String, IntTensor>,
+}
 
 impl Shapes {
     /// The shapes of the `input.*` and `param.*` among named tensors.
     pub fn of<T: Float>(tensors: &Tensors<T>) -> Self {
-        let wanted = |name: &String| name.starts_with("input.") || name.starts_with("param.");
-        let short = |name: &str| name.strip_prefix("input.").unwrap_or(name).to_string();
-        Shapes(tensors.iter().filter(|(name, _)| wanted(name)).map(|(name, value)| (short(name), value.shape())).collect())
+        let mut of = Shapes::default();
+        for (name, value) in tensors.iter().filter(|(name, _)| name.starts_with("input.") || name.starts_with("param.")) {
+            let name = name.strip_prefix("input.").unwrap_or(name);
+            of.shapes.insert(name.into(), value.shape());
+            if let Value::Int(t) = value {
+                of.ints.insert(name.into(), t.clone());
+            }
+        }
+        of
     }
 
     /// The dimensions of a parameter, if it is given: for an operation whose configuration leaves them open.
     pub fn param_dims<const R: usize>(&self, name: &str) -> Result<Option<[usize; R]>> {
         let name = format!("param.{name}");
-        self.0.get(&name).map(|shape| shape.dims(&name)).transpose()
+        self.shapes.get(&name).map(|shape| shape.dims(&name)).transpose()
     }
 
     /// The dimensions of an input: `let [b, n, c] = shapes.dims("x")?`.
     pub fn dims<const R: usize>(&self, name: &str) -> Result<[usize; R]> {
-        let shape = self.0.get(name).ok_or_else(|| Error::missing(format!("input `{name}`")))?;
+        let shape = self.shapes.get(name).ok_or_else(|| Error::missing(format!("input `{name}`")))?;
         shape.dims(&format!("input `{name}`"))
+    }
+
+    /// An integer input.
+    pub fn ints(&self, name: &str) -> Result<&IntTensor> {
+        self.ints.get(name).ok_or_else(|| Error::missing(format!("input `{name}`")))
     }
 }
 

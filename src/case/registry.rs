@@ -47,6 +47,13 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::model::t2t_block::TokenPerformerBlock>(),
     Op::of::<crate::model::t2t::T2tModuleOp>(),
     Op::of::<crate::model::t2t::ModelT2tVit>(),
+    Op::of::<crate::mim::uniform::MaskUniform>(),
+    Op::of::<crate::mim::uniform::MaskSecondary>(),
+    Op::of::<crate::mim::uniform::UmCompact>(),
+    Op::of::<crate::attention::um_window::UmWindowAttention>(),
+    Op::of::<crate::attention::spatial_reduction::SpatialReductionAttention>(),
+    Op::of::<crate::attention::spatial_reduction::Gsa>(),
+    Op::of::<crate::model::green_twins::PegVisible>(),
 ];
 
 /// All operations, in order of the sheets.

@@ -4,6 +4,7 @@
 //! go through fixed chunks whose parts are added in order.
 
 pub mod attention;
+pub mod cells;
 pub mod channel_norm;
 pub mod cluster;
 pub mod depthwise;
@@ -12,12 +13,12 @@ pub mod elementwise;
 pub mod features;
 pub mod im2col;
 pub mod maps;
+pub mod neighbours;
 pub mod norm;
-pub mod norm;
-pub mod optim;
 pub mod optim;
 pub mod pieces;
 pub mod pool;
+pub mod position_mlp;
 pub mod reduce;
 pub mod resize;
 pub mod rows;

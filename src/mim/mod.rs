@@ -8,6 +8,7 @@ pub mod pixels;
 pub mod simmim;
 pub mod simmim_swin;
 pub mod simmim_vit;
+pub mod uniform;
 
 use std::sync::Arc;
 

@@ -4,6 +4,7 @@
 //! parameters are added to; what is cheaper to recompute than to keep is recomputed.
 
 pub mod batch_norm;
+mod cells;
 pub mod conv;
 pub mod dropout;
 pub mod group_norm;
@@ -13,12 +14,14 @@ pub mod mlp;
 mod norm;
 mod param;
 pub mod patch_embed;
+pub mod peg;
 pub mod pool;
 pub mod positions;
 pub mod resize;
 pub mod soft_split;
 
 pub use batch_norm::BatchNorm2d;
+pub use cells::{CellConv, Cells};
 pub use conv::{Conv2d, ConvSettings};
 pub use group_norm::GroupNorm;
 pub use linear::Linear;
@@ -26,6 +29,7 @@ pub use mlp::Mlp;
 pub use norm::{LayerNorm, Stats};
 pub use param::{Entry, Init, Layout, Names, Param, Params};
 pub use patch_embed::PatchEmbed;
+pub use peg::Peg;
 pub use soft_split::SoftSplit;
 
 /// The usual initialisation of transformer weights, normal with deviation 0.02, for any fan-in and fan-out.
