@@ -34,6 +34,8 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::grouping::ops::GroupOptimal>(),
     Op::of::<crate::grouping::ops::GroupSweep>(),
     Op::of::<crate::grouping::ops::GroupPlan>(),
+    Op::of::<crate::attention::pb_relax::PbRelax>(),
+    Op::of::<crate::attention::cogview_sparse::CogViewSparse>(),
 ];
 
 /// All operations, in order of the sheets.

@@ -12,6 +12,7 @@ pub mod maps;
 pub mod norm;
 pub mod optim;
 pub mod pool;
+pub mod ranged;
 pub mod reduce;
 pub mod resize;
 pub mod rows;

@@ -5,4 +5,6 @@
 
 mod common;
 
+mod cogview_sparse;
+mod pb_relax;
 mod softmax;
