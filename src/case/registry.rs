@@ -36,6 +36,8 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::grouping::ops::GroupPlan>(),
     Op::of::<crate::attention::pb_relax::PbRelax>(),
     Op::of::<crate::attention::cogview_sparse::CogViewSparse>(),
+    Op::of::<crate::nn::cogview_norm::CogViewLayerNorm>(),
+    Op::of::<crate::model::cogview_block::Sandwich>(),
 ];
 
 /// All operations, in order of the sheets.
