@@ -38,6 +38,8 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::attention::cogview_sparse::CogViewSparse>(),
     Op::of::<crate::nn::cogview_norm::CogViewLayerNorm>(),
     Op::of::<crate::model::cogview_block::Sandwich>(),
+    Op::of::<crate::nn::gumbel_softmax::GumbelSoftmax>(),
+    Op::of::<crate::nn::logit_laplace::LogitLaplace>(),
 ];
 
 /// All operations, in order of the sheets.

@@ -6,6 +6,7 @@
 pub mod attention;
 pub mod channel_norm;
 pub mod depthwise;
+pub mod categorical;
 pub mod elementwise;
 pub mod im2col;
 pub mod maps;

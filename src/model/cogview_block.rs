@@ -225,8 +225,7 @@ impl Block {
         let sandwich = usize::from(self.ln3.is_some());
         // The middle or the first branch is what the attention counts as its output.
         let kept = rows * (c * (1 + 4 + 2 * sandwich) + 4 + 4 * sandwich) + 2 * batch * memory;
-        self.attention.cost(batch, memory + queries, queries, pairs)
-            + Cost { flops: 2 * rows * 8 * c * c, activation_bytes: 4 * kept }
+        self.attention.cost(batch, memory + queries, queries, pairs) + Cost { flops: 2 * rows * 8 * c * c, activation_bytes: 4 * kept }
     }
 }
 
