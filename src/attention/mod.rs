@@ -3,6 +3,8 @@
 pub mod cluster;
 pub mod dilated;
 pub mod performer;
+pub mod cogview_sparse;
+pub mod pb_relax;
 pub mod softmax;
 pub mod spatial_reduction;
 pub mod swda;

@@ -54,6 +54,12 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::attention::spatial_reduction::SpatialReductionAttention>(),
     Op::of::<crate::attention::spatial_reduction::Gsa>(),
     Op::of::<crate::model::green_twins::PegVisible>(),
+    Op::of::<crate::attention::pb_relax::PbRelax>(),
+    Op::of::<crate::attention::cogview_sparse::CogViewSparse>(),
+    Op::of::<crate::nn::cogview_norm::CogViewLayerNorm>(),
+    Op::of::<crate::model::cogview_block::Sandwich>(),
+    Op::of::<crate::nn::gumbel_softmax::GumbelSoftmax>(),
+    Op::of::<crate::nn::logit_laplace::LogitLaplace>(),
 ];
 
 /// All operations, in order of the sheets.

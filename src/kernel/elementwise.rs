@@ -67,6 +67,27 @@ operations! {
     gelu |alpha, _a, b| alpha * b.gelu();
     /// `out ← alpha · out ⊙ GELU′(x)`.
     gelu_backward |alpha, a, b| alpha * a * b.gelu_with_grad().1;
+    /// `out ← alpha · ½x(1 + tanh(√(2/π)(x + 0.044715x³)))`: the tanh form of GELU.
+    gelu_tanh |alpha, _a, b| alpha * (half(b) * (V::splat(T::ONE) + gelu_tanh_argument(b).0.tanh()));
+    /// `out ← alpha · out ⊙` its derivative `½(1 + t) + ½x(1 − t²)·√(2/π)(1 + 3·0.044715x²)`.
+    gelu_tanh_backward |alpha, a, b| {
+        let (argument, slope) = gelu_tanh_argument(b);
+        let (t, one) = (argument.tanh(), V::splat(T::ONE));
+        alpha * a * (half(b) * (one - t * t)).mul_add(slope, half(one + t))
+    };
+}
+
+#[inline(always)]
+fn half<T: Float, V: Vector<T>>(x: V) -> V {
+    x * V::splat(T::from_f64(0.5))
+}
+
+/// `√(2/π)(x + 0.044715x³)` and its derivative.
+#[inline(always)]
+fn gelu_tanh_argument<T: Float, V: Vector<T>>(x: V) -> (V, V) {
+    let (c, one) = (|c: f64| V::splat(T::from_f64(c)), V::splat(T::ONE));
+    let (square, root) = (x * x, c(0.797_884_560_802_865_4));
+    (x * root * square.mul_add(c(0.044_715), one), root * square.mul_add(c(3.0 * 0.044_715), one))
 }
 
 /// `out ← out + x`.

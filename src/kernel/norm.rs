@@ -78,6 +78,73 @@ fn run<T: Float>(y: &mut [T], stats: &mut [T], x: &[T], affine: Affine<T>, width
         .for_each(|((y, stats), x)| T::dispatch(Forward { y, stats, x, affine, width, eps, reuse }));
 }
 
+/// Mean and `1/√(σ² + ε/r²)` of every row, taken on `r x` so that no square overflows.
+struct RelaxedStats<'a, T> {
+    stats: &'a mut [T],
+    x: &'a [T],
+    width: usize,
+    eps: T,
+    /// `max |x|` for all rows; else each row's own.
+    max: Option<T>,
+}
+
+impl<T: Float> Kernel<T> for RelaxedStats<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<V: Vector<T>>(self) {
+        let n = T::of(self.width);
+        for (x, stats) in self.x.chunks_exact(self.width).zip(self.stats.chunks_exact_mut(2)) {
+            let max = self.max.unwrap_or_else(|| {
+                let mut max = V::splat(T::ZERO);
+                let mut j = 0;
+                while j < x.len() {
+                    max = get::<T, V>(x, j, T::ZERO).abs().max(max);
+                    j += LANES;
+                }
+                max.largest()
+            });
+            let r = if max == T::ZERO { T::ONE } else { T::of(8) / max };
+            let (scale, mut sum) = (V::splat(r), V::splat(T::ZERO));
+            let mut j = 0;
+            while j < x.len() {
+                sum = sum + get::<T, V>(x, j, T::ZERO) * scale;
+                j += LANES;
+            }
+            let mean = sum.sum() / n / r;
+            let (mut squares, center) = (V::splat(T::ZERO), V::splat(mean));
+            j = 0;
+            while j < x.len() {
+                let d = (get::<T, V>(x, j, mean) - center) * scale;
+                squares = d.mul_add(d, squares);
+                j += LANES;
+            }
+            stats[0] = mean;
+            stats[1] = r / (squares.sum() / n + self.eps).root();
+        }
+    }
+}
+
+/// What the rows are divided by before their norm, `max |x| / 8`: it only changes ε.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Relax {
+    /// The maximum of everything.
+    Tensor,
+    /// The maximum of the row.
+    Row,
+}
+
+/// [`layer_norm`] of `8 x / max |x|`: of `x` itself with `ε (max/8)²` in place of ε. A maximum of 0 counts as 8.
+pub fn layer_norm_relaxed<T: Float>(y: &mut [T], stats: &mut [T], x: &[T], affine: Affine<T>, width: usize, eps: f64, relax: Relax) {
+    assert!(width > 0 && y.len() == x.len() && stats.len() * width == 2 * x.len());
+    let (chunk, eps) = (chunk_rows(width), T::from_f64(eps));
+    let max = (relax == Relax::Tensor).then(|| super::reduce::max_abs(x));
+    stats
+        .par_chunks_mut(chunk * 2)
+        .zip(x.par_chunks(chunk * width))
+        .for_each(|(stats, x)| T::dispatch(RelaxedStats { stats, x, width, eps, max }));
+    layer_norm_again(y, stats, x, affine, width);
+}
+
 struct Backward<'a, T> {
     dx: &'a mut [T],
     dgamma: &'a mut [T],

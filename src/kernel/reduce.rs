@@ -78,3 +78,27 @@ pub fn dot<T: Float>(x: &[T], y: &[T]) -> f64 {
         .for_each(|(sum, (x, y))| *sum = T::dispatch(Dot { x, y }).to_f64());
     partial.iter().fold(0.0, |sum, part| sum + part)
 }
+
+struct MaxAbs<'a, T>(&'a [T]);
+
+impl<T: Float> Kernel<T> for MaxAbs<'_, T> {
+    type Output = T;
+    #[inline(always)]
+    fn run<V: Vector<T>>(self) -> T {
+        let mut max = V::splat(T::ZERO);
+        let mut j = 0;
+        while j < self.0.len() {
+            max = get::<T, V>(self.0, j, T::ZERO).abs().max(max);
+            j += LANES;
+        }
+        max.largest()
+    }
+}
+
+/// The largest magnitude, 0 of nothing. NaN does not count.
+pub fn max_abs<T: Float>(x: &[T]) -> T {
+    const CHUNK: usize = 8192;
+    let mut partial = Buffer::<T>::zeros(x.len().div_ceil(CHUNK));
+    partial.par_iter_mut().zip(x.par_chunks(CHUNK)).for_each(|(max, x)| *max = T::dispatch(MaxAbs(x)));
+    partial.iter().fold(T::ZERO, |max, &part| max.larger(part))
+}

@@ -2,7 +2,7 @@
 
 use super::param::{Init, Names, Param, Params};
 use crate::error::{Error, Result};
-use crate::kernel::norm;
+use crate::kernel::norm::{self, Relax};
 use crate::tensor::{Float, Tensor};
 
 /// LayerNorm over the last axis, biased variance, ε inside the root: `weight` γ and `bias` β, `[C]`.
@@ -36,12 +36,21 @@ impl LayerNorm {
 
     /// The normalised rows and their statistics.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: &Tensor<T>) -> Result<(Tensor<T>, Stats<T>)> {
+        self.forward_relaxed(p, x, None)
+    }
+
+    /// [`forward`](Self::forward) of x over its largest magnitude, CogView's; the rest stays the same.
+    pub fn forward_relaxed<T: Float>(&self, p: &Params<T>, x: &Tensor<T>, relax: Option<Relax>) -> Result<(Tensor<T>, Stats<T>)> {
         let (rows, cols) = x.shape().rows_cols();
         if cols != self.width || cols == 0 {
             return Err(Error::shape("input of a layer norm", format!("[…, {}]", self.width), x.shape()));
         }
         let (mut y, mut stats) = (Tensor::scratch(x.shape()), Tensor::scratch([rows, 2]));
-        norm::layer_norm(y.data_mut(), stats.data_mut(), x.data(), Some((p.get(self.weight), p.get(self.bias))), cols, self.eps);
+        let affine = Some((p.get(self.weight), p.get(self.bias)));
+        match relax {
+            None => norm::layer_norm(y.data_mut(), stats.data_mut(), x.data(), affine, cols, self.eps),
+            Some(relax) => norm::layer_norm_relaxed(y.data_mut(), stats.data_mut(), x.data(), affine, cols, self.eps, relax),
+        }
         Ok((y, stats))
     }
 

@@ -9,5 +9,7 @@ mod cluster;
 mod core;
 mod dilated;
 mod performer;
+mod cogview_sparse;
+mod pb_relax;
 mod softmax;
 mod token_transformer;
