@@ -1,10 +1,10 @@
 //! Attention mechanisms: one file each, equations first, then configuration, parameters, forward, backward, operation.
 
 pub mod cluster;
-pub mod dilated;
-pub mod performer;
 pub mod cogview_sparse;
+pub mod dilated;
 pub mod pb_relax;
+pub mod performer;
 pub mod softmax;
 pub mod spatial_reduction;
 pub mod swda;

@@ -4,12 +4,12 @@
 //! go through fixed chunks whose parts are added in order.
 
 pub mod attention;
+pub mod categorical;
 pub mod cells;
 pub mod channel_norm;
 pub mod cluster;
 pub mod depthwise;
 pub mod dilated;
-pub mod categorical;
 pub mod elementwise;
 pub mod features;
 pub mod im2col;

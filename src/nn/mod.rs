@@ -5,14 +5,14 @@
 
 pub mod batch_norm;
 mod cells;
+pub mod cogview_norm;
 pub mod conv;
 pub mod dropout;
 pub mod group_norm;
-pub mod cogview_norm;
 pub mod gumbel_softmax;
 mod linear;
-pub mod maps;
 pub mod logit_laplace;
+pub mod maps;
 pub mod mlp;
 mod norm;
 mod param;
@@ -25,9 +25,9 @@ pub mod soft_split;
 
 pub use batch_norm::BatchNorm2d;
 pub use cells::{CellConv, Cells};
+pub use cogview_norm::CogViewNorm;
 pub use conv::{Conv2d, ConvSettings};
 pub use group_norm::GroupNorm;
-pub use cogview_norm::CogViewNorm;
 pub use linear::Linear;
 pub use mlp::Mlp;
 pub use norm::{LayerNorm, Stats};

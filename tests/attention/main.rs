@@ -6,10 +6,10 @@
 mod common;
 
 mod cluster;
+mod cogview_sparse;
 mod core;
 mod dilated;
-mod performer;
-mod cogview_sparse;
 mod pb_relax;
+mod performer;
 mod softmax;
 mod token_transformer;
