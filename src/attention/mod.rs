@@ -1,4 +1,5 @@
 //! Attention mechanisms: one file each, equations first, then configuration, parameters, forward, backward, operation.
 
+pub mod class;
 pub mod softmax;
 pub mod window;

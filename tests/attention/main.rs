@@ -5,4 +5,5 @@
 
 mod common;
 
+mod class;
 mod softmax;
