@@ -3,3 +3,4 @@
 pub mod class;
 pub mod softmax;
 pub mod window;
+pub mod xca;

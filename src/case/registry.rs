@@ -13,6 +13,7 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::nn::resize::ResizePosEmbed>(),
     Op::of::<crate::nn::resize::HpvitPosEmbed>(),
     Op::of::<crate::attention::softmax::SoftmaxAttention>(),
+    Op::of::<crate::attention::xca::CrossCovariance>(),
     Op::of::<crate::attention::class::Class>(),
     Op::of::<crate::attention::window::Window>(),
     Op::of::<crate::attention::window::GroupWindow>(),

@@ -9,6 +9,7 @@ pub mod depthwise;
 pub mod elementwise;
 pub mod im2col;
 pub mod maps;
+pub mod gram;
 pub mod norm;
 pub mod optim;
 pub mod pool;

@@ -7,3 +7,4 @@ mod common;
 
 mod class;
 mod softmax;
+mod xca;
