@@ -15,6 +15,8 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::attention::softmax::SoftmaxAttention>(),
     Op::of::<crate::attention::xca::CrossCovariance>(),
     Op::of::<crate::attention::class::Class>(),
+    Op::of::<crate::attention::xnorm::XNormAttention>(),
+    Op::of::<crate::attention::class_xnorm::ClassXNormAttention>(),
     Op::of::<crate::attention::window::Window>(),
     Op::of::<crate::attention::window::GroupWindow>(),
     Op::of::<crate::model::vit_block::VitBlock>(),

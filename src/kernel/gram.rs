@@ -217,3 +217,20 @@ pub fn par_rows<T: Float>(out: &mut [T], stride: usize, tokens: usize, work: imp
         out.par_chunks_mut(BLOCK * stride).enumerate().for_each(|(i, rows)| work(image, image * tokens + i * BLOCK, rows));
     });
 }
+
+/// [`par_rows`] with rows of a second matrix `[B·N, other_stride]` beside those of the first.
+pub fn par_rows_with<T: Float>(
+    [out, other]: [&mut [T]; 2],
+    [stride, other_stride]: [usize; 2],
+    tokens: usize,
+    work: impl Fn(usize, usize, &mut [T], &mut [T]) + Sync,
+) {
+    (out.par_chunks_mut((tokens * stride).max(1))).zip(other.par_chunks_mut((tokens * other_stride).max(1))).enumerate().for_each(
+        |(image, (out, other))| {
+            (out.par_chunks_mut(BLOCK * stride))
+                .zip(other.par_chunks_mut(BLOCK * other_stride))
+                .enumerate()
+                .for_each(|(i, (rows, others))| work(image, image * tokens + i * BLOCK, rows, others));
+        },
+    );
+}

@@ -97,6 +97,15 @@ impl Linear {
         Ok(dx)
     }
 
+    /// `dx += dy W`.
+    pub fn backward_input_onto<T: Float>(&self, p: &Params<T>, dy: &Tensor<T>, dx: &mut Tensor<T>) -> Result<()> {
+        let rows = self.rows("gradient of a linear layer", dy, self.outputs)?;
+        dx.expect_shape("gradient of the input", dy.shape().with_last(self.inputs))?;
+        let epilogue = Epilogue { accumulate: true, ..Epilogue::default() };
+        gemm(Mat::new(dy.data(), rows, self.outputs), self.weight_matrix(p), MatMut::new(dx.data_mut(), rows, self.inputs), epilogue);
+        Ok(())
+    }
+
     /// For `y = GELU(h) Wᵀ + b`: `dh = dy W ⊙ GELU′(h)`, and `GELU(h)`, which [`backward_params`](Self::backward_params) needs.
     pub fn backward_gelu<T: Float>(&self, p: &Params<T>, h: &Tensor<T>, dy: &Tensor<T>) -> Result<(Tensor<T>, Tensor<T>)> {
         let rows = self.rows("gradient of a linear layer", dy, self.outputs)?;

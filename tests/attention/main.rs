@@ -6,5 +6,7 @@
 mod common;
 
 mod class;
+mod class_xnorm;
 mod softmax;
 mod xca;
+mod xnorm;
