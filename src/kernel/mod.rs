@@ -10,6 +10,7 @@ pub mod elementwise;
 pub mod gram;
 pub mod im2col;
 pub mod maps;
+pub mod layer_scale;
 pub mod norm;
 pub mod optim;
 pub mod pool;

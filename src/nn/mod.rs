@@ -6,6 +6,7 @@
 pub mod batch_norm;
 pub mod conv;
 pub mod group_norm;
+pub mod layer_scale;
 mod linear;
 pub mod maps;
 pub mod mlp;
@@ -19,6 +20,7 @@ pub mod resize;
 pub use batch_norm::BatchNorm2d;
 pub use conv::{Conv2d, ConvSettings};
 pub use group_norm::GroupNorm;
+pub use layer_scale::LayerScale;
 pub use linear::Linear;
 pub use mlp::Mlp;
 pub use norm::{LayerNorm, Stats};
