@@ -1,5 +1,7 @@
 //! Attention mechanisms: one file each, equations first, then configuration, parameters, forward, backward, operation.
 
+pub mod class;
+pub mod class_xnorm;
 pub mod cluster;
 pub mod cogview_sparse;
 pub mod dilated;
@@ -11,3 +13,5 @@ pub mod swda;
 pub mod token_transformer;
 pub mod um_window;
 pub mod window;
+pub mod xca;
+pub mod xnorm;

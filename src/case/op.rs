@@ -422,14 +422,22 @@ impl<'a, T: Float> Run<'a, T> {
         self.results.insert(format!("after.{name}"), value);
     }
 
-    /// Hands in new values of buffers of `layout`: running statistics.
+    /// Hands in new values of buffers of `layout`: running statistics. Where the case counts batches, the count goes up.
     pub fn after_buffers(&mut self, layout: &Layout, updates: Vec<(Param, Tensor<T>)>) {
         if self.prepared.is_some() {
             return;
         }
         for (buffer, value) in updates {
-            if let Some(entry) = layout.buffers().iter().find(|entry| entry.param.offset() == buffer.offset()) {
-                self.after(&entry.name, Value::Float(value));
+            let Some(entry) = layout.buffers().iter().find(|entry| entry.param.offset() == buffer.offset()) else { continue };
+            self.after(&entry.name, Value::Float(value));
+            // PyTorch counts the batches; nothing reads the count, so layers don't know it.
+            let counter = entry.name.strip_suffix("running_mean").map(|norm| format!("{norm}num_batches_tracked"));
+            if let Some(name) = counter
+                && let Some(Value::Int(count)) = self.given.get(&format!("buffer.{name}"))
+            {
+                let mut count = count.clone();
+                count.data.iter_mut().for_each(|n| *n = n.saturating_add(1));
+                self.after(&name, Value::Int(count));
             }
         }
     }

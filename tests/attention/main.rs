@@ -5,6 +5,8 @@
 
 mod common;
 
+mod class;
+mod class_xnorm;
 mod cluster;
 mod cogview_sparse;
 mod core;
@@ -13,3 +15,5 @@ mod pb_relax;
 mod performer;
 mod softmax;
 mod token_transformer;
+mod xca;
+mod xnorm;
