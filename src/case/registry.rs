@@ -12,6 +12,7 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::nn::resize::BilinearResize>(),
     Op::of::<crate::nn::resize::ResizePosEmbed>(),
     Op::of::<crate::nn::resize::HpvitPosEmbed>(),
+    Op::of::<crate::nn::layer_scale::LayerScaleOp>(),
     Op::of::<crate::attention::softmax::SoftmaxAttention>(),
     Op::of::<crate::attention::window::Window>(),
     Op::of::<crate::attention::window::GroupWindow>(),

@@ -13,6 +13,7 @@ pub mod features;
 pub mod im2col;
 pub mod maps;
 pub mod norm;
+pub mod layer_scale;
 pub mod norm;
 pub mod optim;
 pub mod optim;

@@ -7,8 +7,7 @@ use crate::attention::softmax::{self, Attention, Settings};
 use crate::case::{Config, Draw, Operation, Run};
 use crate::error::{Error, Result};
 use crate::kernel::attention::{Bias, Groups};
-use crate::kernel::{elementwise, reduce, rows};
-use crate::nn::{Init, LayerNorm, Layout, Mlp, Names, Param, Params, Stats, mlp};
+use crate::nn::{Init, LayerNorm, LayerScale, Layout, Mlp, Names, Params, Stats, mlp};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
@@ -17,10 +16,10 @@ use crate::tensor::{Float, Tensor};
 pub struct Block {
     norm1: LayerNorm,
     attn: Attention,
-    scale1: Option<Param>,
+    scale1: Option<LayerScale>,
     norm2: LayerNorm,
     mlp: Mlp,
-    scale2: Option<Param>,
+    scale2: Option<LayerScale>,
 }
 
 /// What the block is made of.
@@ -65,7 +64,7 @@ impl Block {
     pub fn new(names: &mut Names, settings: BlockSettings) -> Result<Self> {
         let BlockSettings { attention, mlp_ratio, norm_eps, layer_scale, init } = settings;
         let dim = attention.dim;
-        let scale = |names: &mut Names, i: usize| layer_scale.map(|(name, start)| names.param(name[i], [dim], Init::Constant(start)));
+        let scale = |names: &mut Names, i: usize| layer_scale.map(|(name, start)| LayerScale::new(names, name[i], dim, start));
         let norm1 = LayerNorm::new(names.at("norm1"), dim, norm_eps);
         let attn = Attention::new(names.at("attn"), attention, init)?;
         let scale1 = scale(names, 0);
@@ -83,9 +82,9 @@ impl Block {
                 let (y, saved) = self.attn.forward(p, &normed, groups, bias, Some(&x))?;
                 (y, saved, None)
             }
-            Some(gamma) => {
+            Some(scale) => {
                 let (f, saved) = self.attn.forward(p, &normed, groups, bias, None)?;
-                (add_scaled(&x, &f, p.get(gamma)), saved, Some(f))
+                (scale.forward(p, &x, &f)?, saved, Some(f))
             }
         };
         let (normed, stats2) = self.norm2.forward(p, &middle)?;
@@ -94,9 +93,9 @@ impl Block {
                 let (y, saved) = self.mlp.forward(p, &normed, Some(&middle))?;
                 (y, saved, None)
             }
-            Some(gamma) => {
+            Some(scale) => {
                 let (f, saved) = self.mlp.forward(p, &normed, None)?;
-                (add_scaled(&middle, &f, p.get(gamma)), saved, Some(f))
+                (scale.forward(p, &middle, &f)?, saved, Some(f))
             }
         };
         Ok((y, Saved { x, stats1, attn, branch1, middle, stats2, mlp, branch2 }))
@@ -113,13 +112,13 @@ impl Block {
         dy: &Tensor<T>,
     ) -> Result<Tensor<T>> {
         let Saved { x, stats1, attn, branch1, middle, stats2, mlp, branch2 } = saved;
-        let df = scale_backward(p, g, self.scale2, branch2, dy);
+        let df = scale_backward(p, g, self.scale2, branch2, dy)?;
         let normed = self.norm2.again(p, &middle, &stats2);
         let d_normed = self.mlp.backward(p, g, &normed, mlp, &df)?;
         drop((df, normed));
         let d_middle = self.norm2.backward(p, g, &middle, &stats2, &d_normed, Some(dy))?;
         drop((d_normed, middle));
-        let df = scale_backward(p, g, self.scale1, branch1, &d_middle);
+        let df = scale_backward(p, g, self.scale1, branch1, &d_middle)?;
         let normed = self.norm1.again(p, &x, &stats1);
         let d_normed = self.attn.backward(p, g, &normed, attn, groups, bias, &df)?;
         drop((df, normed));
@@ -127,22 +126,18 @@ impl Block {
     }
 }
 
-/// LayerScale: `x + γ ⊙ f`.
-fn add_scaled<T: Float>(x: &Tensor<T>, f: &Tensor<T>, gamma: &[T]) -> Tensor<T> {
-    let mut y = f.clone();
-    rows::multiply_table(y.data_mut(), gamma);
-    elementwise::add(y.data_mut(), x.data());
-    y
-}
-
-/// `df = dy ⊙ γ`, `dγ += Σ dy ⊙ f`.
-fn scale_backward<T: Float>(p: &Params<T>, g: &mut Params<T>, gamma: Option<Param>, f: Option<Tensor<T>>, dy: &Tensor<T>) -> Tensor<T> {
-    let (Some(gamma), Some(mut f)) = (gamma, f) else { return dy.clone() };
-    elementwise::multiply(f.data_mut(), dy.data(), T::ONE);
-    reduce::add_column_sums(g.get_mut(gamma), f.data());
-    let mut df = dy.clone();
-    rows::multiply_table(df.data_mut(), p.get(gamma));
-    df
+/// The gradient of a branch with an optional LayerScale.
+fn scale_backward<T: Float>(
+    p: &Params<T>,
+    g: &mut Params<T>,
+    scale: Option<LayerScale>,
+    f: Option<Tensor<T>>,
+    dy: &Tensor<T>,
+) -> Result<Tensor<T>> {
+    match (scale, f) {
+        (Some(scale), Some(f)) => scale.backward(p, g, &f, dy),
+        _ => Ok(dy.clone()),
+    }
 }
 
 /// `block.vit`.
