@@ -3,6 +3,7 @@
 pub mod cluster;
 pub mod dilated;
 pub mod performer;
+pub mod class;
 pub mod softmax;
 pub mod softmax;
 pub mod swda;

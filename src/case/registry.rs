@@ -14,6 +14,7 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::nn::resize::HpvitPosEmbed>(),
     Op::of::<crate::nn::layer_scale::LayerScaleOp>(),
     Op::of::<crate::attention::softmax::SoftmaxAttention>(),
+    Op::of::<crate::attention::class::Class>(),
     Op::of::<crate::attention::window::Window>(),
     Op::of::<crate::attention::window::GroupWindow>(),
     Op::of::<crate::attention::swda::Swda>(),

@@ -9,5 +9,6 @@ mod cluster;
 mod core;
 mod dilated;
 mod performer;
+mod class;
 mod softmax;
 mod token_transformer;
