@@ -8,4 +8,5 @@ pub mod softmax;
 pub mod softmax;
 pub mod swda;
 pub mod token_transformer;
+pub mod talking_heads;
 pub mod window;

@@ -15,6 +15,7 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::nn::layer_scale::LayerScaleOp>(),
     Op::of::<crate::attention::softmax::SoftmaxAttention>(),
     Op::of::<crate::attention::class::Class>(),
+    Op::of::<crate::attention::talking_heads::TalkingHeadsAttention>(),
     Op::of::<crate::attention::window::Window>(),
     Op::of::<crate::attention::window::GroupWindow>(),
     Op::of::<crate::attention::swda::Swda>(),

@@ -23,6 +23,7 @@ pub mod reduce;
 pub mod resize;
 pub mod rows;
 pub mod unfold;
+pub mod talking_heads;
 
 use crate::simd::{LANES, Vector};
 

@@ -12,3 +12,4 @@ mod performer;
 mod class;
 mod softmax;
 mod token_transformer;
+mod talking_heads;
