@@ -23,6 +23,7 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::attention::dilated::GlobalAttention>(),
     Op::of::<crate::attention::cluster::ClusterAttention>(),
     Op::of::<crate::model::vit_block::VitBlock>(),
+    Op::of::<crate::model::cait_block::LayerScaleBlock>(),
     Op::of::<crate::model::cait_block::LayerScaleClassAttention>(),
     Op::of::<crate::model::swin_ops::Block>(),
     Op::of::<crate::model::swin_ops::Merging>(),

@@ -1,4 +1,7 @@
-//! CaiT's blocks (arXiv 2103.17239): `block.layer_scale_class_attention`, and the stage that reads a class from the patches.
+//! CaiT's blocks (arXiv 2103.17239): `block.layer_scale`, `block.layer_scale_class_attention`, and the stage that reads a class from the
+//! patches.
+//!
+//! A patch block is `x ← x + γ₁ ⊙ talking_heads(norm1 x)`, `x ← x + γ₂ ⊙ mlp(norm2 x)`.
 //!
 //! A class block sees the patches and never changes them: `u = [c; x]`, `c ← c + γ₁ ⊙ attn(norm1 u)₀`, `c ← c + γ₂ ⊙ mlp(norm2 c)`.
 //! The stage starts from the learned `cls_token` (the same for all images, without a position), runs `blocks_token_only.{i}` and
@@ -7,6 +10,7 @@
 //! Backward: the patches receive the gradient of `norm1` and of the attention's k and v, from every class block.
 
 use crate::attention::class::{self, ClassAttention, first_rows};
+use crate::attention::talking_heads::{self, TalkingHeads};
 use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::{Error, Result};
 use crate::kernel::elementwise;
@@ -50,12 +54,87 @@ impl Settings {
         class::Settings { dim: self.dim, num_heads: self.num_heads, qkv_bias: self.qkv_bias, joint: false }
     }
 
+    fn talking_heads(&self) -> talking_heads::Settings {
+        talking_heads::Settings { dim: self.dim, num_heads: self.num_heads, qkv_bias: self.qkv_bias }
+    }
+
+    /// What a patch block costs for `b` images of `n` patches.
+    pub fn patch_cost(&self, b: usize, n: usize) -> Result<Cost> {
+        let (c, hidden) = (self.dim, hidden_width(self.dim, self.mlp_ratio)?);
+        // The MLP; the statistics of both norms, the middle, the hidden units, both branches (the attention's is its output), y.
+        let rest = Cost { flops: 4 * b * n * c * hidden, activation_bytes: 4 * b * n * (4 + 3 * c + hidden) };
+        Ok(self.talking_heads().cost(b, n) + rest)
+    }
+
     /// What a class block costs for `b` images of `n` patches.
     pub fn class_cost(&self, b: usize, n: usize) -> Result<Cost> {
         let (c, hidden) = (self.dim, hidden_width(self.dim, self.mlp_ratio)?);
         // The MLP; `[c; x]` and its statistics, the middle and its, the hidden units, both branches (the attention's is its output), y.
         let rest = Cost { flops: 4 * b * c * hidden, activation_bytes: 4 * b * ((n + 1) * (c + 2) + 3 * c + 2 + hidden) };
         Ok(self.attention().cost(b, n + 1) + rest)
+    }
+}
+
+/// A patch block with parameters `norm1`, `attn`, `norm2`, `mlp`, `gamma_1`, `gamma_2`.
+#[derive(Clone, Debug)]
+pub struct PatchBlock {
+    norm1: LayerNorm,
+    attn: TalkingHeads,
+    scale1: LayerScale,
+    norm2: LayerNorm,
+    mlp: Mlp,
+    scale2: LayerScale,
+}
+
+/// What [`PatchBlock::backward`] needs.
+pub struct PatchSaved<T: Float> {
+    x: Tensor<T>,
+    stats1: Stats<T>,
+    attn: talking_heads::Saved<T>,
+    branch1: Tensor<T>,
+    middle: Tensor<T>,
+    stats2: Stats<T>,
+    mlp: mlp::Saved<T>,
+    branch2: Tensor<T>,
+}
+
+impl PatchBlock {
+    /// Registers the parameters.
+    pub fn new(names: &mut Names, settings: Settings) -> Result<Self> {
+        let Settings { dim, ln_eps, init_scale, .. } = settings;
+        let norm1 = LayerNorm::new(names.at("norm1"), dim, ln_eps);
+        let attn = TalkingHeads::new(names.at("attn"), settings.talking_heads(), normal_02)?;
+        let norm2 = LayerNorm::new(names.at("norm2"), dim, ln_eps);
+        let mlp = Mlp::new(names.at("mlp"), dim, hidden_width(dim, settings.mlp_ratio)?, normal_02);
+        let [scale1, scale2] = ["gamma_1", "gamma_2"].map(|name| LayerScale::new(names, name, dim, init_scale));
+        Ok(PatchBlock { norm1, attn, scale1, norm2, mlp, scale2 })
+    }
+
+    /// The patches `[B, N, C]` after the block.
+    pub fn forward<T: Float>(&self, p: &Params<T>, x: &Tensor<T>) -> Result<(Tensor<T>, PatchSaved<T>)> {
+        let (normed, stats1) = self.norm1.forward(p, x)?;
+        let (branch1, attn) = self.attn.forward(p, &normed)?;
+        let middle = self.scale1.forward(p, x, &branch1)?;
+        let (normed, stats2) = self.norm2.forward(p, &middle)?;
+        let (branch2, mlp) = self.mlp.forward(p, &normed, None)?;
+        let y = self.scale2.forward(p, &middle, &branch2)?;
+        Ok((y, PatchSaved { x: x.clone(), stats1, attn, branch1, middle, stats2, mlp, branch2 }))
+    }
+
+    /// `dx`.
+    pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: PatchSaved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
+        let PatchSaved { x, stats1, attn, branch1, middle, stats2, mlp, branch2 } = saved;
+        let df = self.scale2.backward(p, g, &branch2, dy)?;
+        let normed = self.norm2.again(p, &middle, &stats2);
+        let d_normed = self.mlp.backward(p, g, &normed, mlp, &df)?;
+        drop((df, normed, branch2));
+        let d_middle = self.norm2.backward(p, g, &middle, &stats2, &d_normed, Some(dy))?;
+        drop((d_normed, middle));
+        let df = self.scale1.backward(p, g, &branch1, &d_middle)?;
+        let normed = self.norm1.again(p, &x, &stats1);
+        let d_normed = self.attn.backward(p, g, &normed, attn, &df)?;
+        drop((df, normed, branch1));
+        self.norm1.backward(p, g, &x, &stats1, &d_normed, Some(&d_middle))
     }
 }
 
@@ -235,6 +314,35 @@ pub fn sample_settings(rng: &mut Rng) -> Config {
     config.set("dim", heads * width).set("num_heads", heads).set("mlp_ratio", rng.range(0.5, 3.0));
     config.set("qkv_bias", rng.chance(0.7)).set("ln_eps", 1e-6);
     config
+}
+
+/// `block.layer_scale`.
+pub struct LayerScaleBlock;
+
+impl Operation for LayerScaleBlock {
+    const NAME: &'static str = "block.layer_scale";
+    const PAPER: &'static str = "2103.17239 CaiT";
+
+    fn sample(rng: &mut Rng) -> Config {
+        sample_settings(rng)
+    }
+
+    fn inputs(config: &Config, draw: &mut Draw) -> Result<()> {
+        let (batch, tokens) = (draw.size("batch", 1, 3), draw.size("tokens", 1, 20));
+        draw.normal("x", [batch, tokens, config.positive("dim")?]);
+        Ok(())
+    }
+
+    fn cost(config: &Config, inputs: &Shapes) -> Result<Option<Cost>> {
+        let [b, n, _] = inputs.dims("x")?;
+        Settings::from_config(config)?.patch_cost(b, n).map(Some)
+    }
+
+    fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
+        let settings = Settings::from_config(run.config())?;
+        let (block, layout) = Layout::build(|names| PatchBlock::new(names, settings))?;
+        run.unary(&layout, |p, x| block.forward(p, x), |p, g, saved, dy| block.backward(p, g, saved, dy))
+    }
 }
 
 /// `block.layer_scale_class_attention`.
