@@ -18,6 +18,9 @@ pub mod layer_scale;
 pub mod maps;
 pub mod neighbours;
 pub mod norm;
+pub mod layer_scale;
+pub mod norm;
+pub mod optim;
 pub mod optim;
 pub mod pieces;
 pub mod pool;
@@ -27,6 +30,7 @@ pub mod reduce;
 pub mod resize;
 pub mod rows;
 pub mod unfold;
+pub mod talking_heads;
 
 use crate::simd::{LANES, Vector};
 
