@@ -18,7 +18,6 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::attention::class::Class>(),
     Op::of::<crate::attention::xnorm::XNormAttention>(),
     Op::of::<crate::attention::class_xnorm::ClassXNormAttention>(),
-    Op::of::<crate::attention::class::Class>(),
     Op::of::<crate::attention::talking_heads::TalkingHeadsAttention>(),
     Op::of::<crate::attention::window::Window>(),
     Op::of::<crate::attention::window::GroupWindow>(),

@@ -18,9 +18,6 @@ pub mod layer_scale;
 pub mod maps;
 pub mod neighbours;
 pub mod norm;
-pub mod layer_scale;
-pub mod norm;
-pub mod optim;
 pub mod optim;
 pub mod pieces;
 pub mod pool;
@@ -29,8 +26,8 @@ pub mod ranged;
 pub mod reduce;
 pub mod resize;
 pub mod rows;
-pub mod unfold;
 pub mod talking_heads;
+pub mod unfold;
 
 use crate::simd::{LANES, Vector};
 

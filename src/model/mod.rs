@@ -1,7 +1,7 @@
 //! Networks: one file per architecture, composed of the rooms below, parameters named as published.
 
-pub mod cogview_block;
 pub mod cait_block;
+pub mod cogview_block;
 pub mod green_swin;
 pub mod green_twins;
 pub mod swin;
