@@ -5,7 +5,7 @@ use std::ops::{Add, Div, Mul, Neg, Sub};
 
 use crate::linalg::TileShape;
 
-use super::{Kernel, LANES, Vector, double, math};
+use super::{Kernel, LANES, Vector, math};
 
 /// Sixteen f32 lanes. Only ever made inside [`run`], that is, on a machine with AVX-512.
 #[derive(Clone, Copy)]
@@ -16,12 +16,6 @@ pub struct F32x16(__m512);
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 pub fn run<K: Kernel<f32>>(kernel: K) -> K::Output {
     kernel.run::<F32x16>()
-}
-
-/// Runs an f64 kernel compiled with AVX-512 code.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-pub fn run_f64<K: Kernel<f64>>(kernel: K) -> K::Output {
-    kernel.run::<double::F64x16>()
 }
 
 macro_rules! binary {
