@@ -13,6 +13,7 @@ pub mod swda;
 pub mod talking_heads;
 pub mod token_transformer;
 pub mod um_window;
+pub mod visual_tokens;
 pub mod window;
 pub mod xca;
 pub mod xnorm;

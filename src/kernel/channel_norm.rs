@@ -235,7 +235,8 @@ impl<T: Float> Kernel<T> for Gradient<'_, T> {
             while j < channels {
                 let d = get::<T, V>(x, j, T::ZERO) - get(self.center, j, T::ZERO);
                 let g = get::<T, V>(dy, j, T::ZERO);
-                put(g * get(a, j, T::ZERO) - get(b, j, T::ZERO) - d * get(c, j, T::ZERO), dx, j);
+                let v = g.mul_add(get(a, j, T::ZERO), -get::<T, V>(b, j, T::ZERO));
+                put((-d).mul_add(get(c, j, T::ZERO), v), dx, j);
                 j += LANES;
             }
         }

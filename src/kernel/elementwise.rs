@@ -63,6 +63,12 @@ operations! {
     scale |alpha, _a, b| b * alpha;
     /// `out ← out ⊙ (alpha · x)`.
     multiply |alpha, a, b| a * (b * alpha);
+    /// `out ← max(alpha · x, 0)`.
+    relu |alpha, _a, b| (alpha * b).max(V::splat(T::ZERO));
+    /// `out ← max(out + alpha · x, 0)`.
+    add_relu |alpha, a, b| b.mul_add(alpha, a).max(V::splat(T::ZERO));
+    /// `out ← alpha · out` where `x > 0`, else 0: the gradient of a ReLU whose output (or input) is `x`.
+    relu_backward |alpha, a, b| V::splat(T::ZERO).less(b, alpha * a, V::splat(T::ZERO));
     /// `out ← alpha · GELU(x)`.
     gelu |alpha, _a, b| alpha * b.gelu();
     /// `out ← alpha · out ⊙ GELU′(x)`.

@@ -1,7 +1,5 @@
 //! Feature maps in token layout: `[batch, height, width, channels]`, alone or as part of rows of tokens.
 
-use rayon::prelude::*;
-
 use crate::linalg::{ColumnsMut, Tiling, par_tiles};
 use crate::tensor::Float;
 
@@ -124,19 +122,6 @@ pub fn transpose<T: Float>(out: &mut [T], x: &[T], batch: usize, rows: usize, co
                 }
             }
         }
-    });
-}
-
-/// `x ← max(x, 0)`.
-pub fn relu<T: Float>(x: &mut [T]) {
-    x.par_chunks_mut(16_384).for_each(|x| x.iter_mut().for_each(|x| *x = if *x > T::ZERO { *x } else { T::ZERO }));
-}
-
-/// `g ← g` where `y > 0`, else 0: the gradient of `y = max(x, 0)`.
-pub fn relu_backward<T: Float>(g: &mut [T], y: &[T]) {
-    assert_eq!(g.len(), y.len());
-    g.par_chunks_mut(16_384).zip(y.par_chunks(16_384)).for_each(|(g, y)| {
-        g.iter_mut().zip(y).for_each(|(g, &y)| *g = if y > T::ZERO { *g } else { T::ZERO });
     });
 }
 

@@ -28,6 +28,7 @@ pub mod resize;
 pub mod rows;
 pub mod talking_heads;
 pub mod unfold;
+pub mod softmax;
 
 use crate::simd::{LANES, Vector};
 
