@@ -31,6 +31,8 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::model::resnet_block::Basic>(),
     Op::of::<crate::model::resnet_block::Bottleneck>(),
     Op::of::<crate::model::resnet::ModelResNet>(),
+    Op::of::<crate::model::vt_fpn::BlockVtFpn>(),
+    Op::of::<crate::model::vt_resnet::ModelVtResNet>(),
     Op::of::<crate::model::vit_block::VitBlock>(),
     Op::of::<crate::model::cait_block::LayerScaleBlock>(),
     Op::of::<crate::model::cait_block::LayerScaleClassAttention>(),

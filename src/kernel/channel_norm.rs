@@ -41,6 +41,27 @@ impl Rows {
     }
 }
 
+/// `Σ_r f(r)` in four interleaved sums per 32 rows, added up block by block: short chains round little.
+#[inline(always)]
+fn sum_rows<T: Float, V: Vector<T>>(rows: usize, f: impl Fn(usize, V) -> V) -> V {
+    let mut total = V::splat(T::ZERO);
+    for first in (0..rows).step_by(32) {
+        let last = (first + 32).min(rows);
+        let mut acc = [V::splat(T::ZERO); 4];
+        let mut r = first;
+        while r + 4 <= last {
+            acc = std::array::from_fn(|i| f(r + i, acc[i]));
+            r += 4;
+        }
+        while r < last {
+            acc[0] = f(r, acc[0]);
+            r += 1;
+        }
+        total = total + ((acc[0] + acc[1]) + (acc[2] + acc[3]));
+    }
+    total
+}
+
 /// Mean and squared deviations of some rows.
 struct Moments<'a, T> {
     mean: &'a mut [T],
@@ -53,28 +74,17 @@ impl<T: Float> Kernel<T> for Moments<'_, T> {
     #[inline(always)]
     fn run<V: Vector<T>>(self) {
         let channels = self.mean.len();
-        let n = V::splat(T::of(self.x.len() / channels));
-        self.mean.fill(T::ZERO);
-        self.squares.fill(T::ZERO);
-        for row in self.x.chunks_exact(channels) {
-            let mut j = 0;
-            while j < channels {
-                put(get::<T, V>(self.mean, j, T::ZERO) + get(row, j, T::ZERO), self.mean, j);
-                j += LANES;
-            }
-        }
-        let mut j = 0;
-        while j < channels {
-            put(get::<T, V>(self.mean, j, T::ZERO) / n, self.mean, j);
-            j += LANES;
-        }
-        for row in self.x.chunks_exact(channels) {
-            let mut j = 0;
-            while j < channels {
-                let d = get::<T, V>(row, j, T::ZERO) - get(self.mean, j, T::ZERO);
-                put(d.mul_add(d, get(self.squares, j, T::ZERO)), self.squares, j);
-                j += LANES;
-            }
+        let rows = self.x.len() / channels;
+        for j in (0..channels).step_by(LANES) {
+            let lanes = LANES.min(channels - j);
+            let at = |r: usize| get::<T, V>(&self.x[r * channels + j..][..lanes], 0, T::ZERO);
+            let mean = sum_rows::<T, V>(rows, |r, acc| acc + at(r)) / V::splat(T::of(rows));
+            let squares = sum_rows::<T, V>(rows, |r, acc| {
+                let d = at(r) - mean;
+                d.mul_add(d, acc)
+            });
+            put(mean, self.mean, j);
+            put(squares, self.squares, j);
         }
     }
 }
@@ -173,17 +183,13 @@ impl<T: Float> Kernel<T> for Sums<'_, T> {
     #[inline(always)]
     fn run<V: Vector<T>>(self) {
         let channels = self.center.len();
-        self.sum.fill(T::ZERO);
-        self.sum_d.fill(T::ZERO);
-        for (x, dy) in self.x.chunks_exact(channels).zip(self.dy.chunks_exact(channels)) {
-            let mut j = 0;
-            while j < channels {
-                let g = get::<T, V>(dy, j, T::ZERO);
-                let d = get::<T, V>(x, j, T::ZERO) - get(self.center, j, T::ZERO);
-                put(get::<T, V>(self.sum, j, T::ZERO) + g, self.sum, j);
-                put(g.mul_add(d, get(self.sum_d, j, T::ZERO)), self.sum_d, j);
-                j += LANES;
-            }
+        let rows = self.x.len() / channels;
+        for j in (0..channels).step_by(LANES) {
+            let lanes = LANES.min(channels - j);
+            let at = |x: &[T], r: usize| get::<T, V>(&x[r * channels + j..][..lanes], 0, T::ZERO);
+            let center = get::<T, V>(self.center, j, T::ZERO);
+            put(sum_rows::<T, V>(rows, |r, acc| acc + at(self.dy, r)), self.sum, j);
+            put(sum_rows::<T, V>(rows, |r, acc| at(self.dy, r).mul_add(at(self.x, r) - center, acc)), self.sum_d, j);
         }
     }
 }

@@ -12,3 +12,5 @@ pub mod t2t;
 pub mod t2t_block;
 pub mod vit;
 pub mod vit_block;
+pub mod vt_fpn;
+pub mod vt_resnet;

@@ -18,3 +18,4 @@ mod talking_heads;
 mod token_transformer;
 mod xca;
 mod xnorm;
+mod visual_tokens;

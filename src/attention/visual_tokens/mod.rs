@@ -66,7 +66,7 @@ impl Formulation {
 #[derive(Clone, Debug)]
 pub enum Tokenizer {
     /// The paper's.
-    Equations(equations::Tokenizer),
+    Equations(Box<equations::Tokenizer>),
     /// The appendix's.
     Multihead(Box<multihead::Tokenizer>),
 }
@@ -106,7 +106,7 @@ impl Tokenizer {
         }
         Ok(match formulation {
             Formulation::Equations { value_proj, scaled, .. } => {
-                Tokenizer::Equations(equations::Tokenizer::new(names, widths, recurrent, value_proj, scaled)?)
+                Tokenizer::Equations(Box::new(equations::Tokenizer::new(names, widths, recurrent, value_proj, scaled)?))
             }
             Formulation::Multihead(heads) => Tokenizer::Multihead(Box::new(multihead::Tokenizer::new(names, widths, recurrent, heads)?)),
         })
