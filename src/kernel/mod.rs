@@ -26,9 +26,9 @@ pub mod ranged;
 pub mod reduce;
 pub mod resize;
 pub mod rows;
+pub mod softmax;
 pub mod talking_heads;
 pub mod unfold;
-pub mod softmax;
 
 use crate::simd::{LANES, Vector};
 

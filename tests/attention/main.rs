@@ -16,6 +16,6 @@ mod performer;
 mod softmax;
 mod talking_heads;
 mod token_transformer;
+mod visual_tokens;
 mod xca;
 mod xnorm;
-mod visual_tokens;
