@@ -10,3 +10,8 @@ pub mod t2t;
 pub mod t2t_block;
 pub mod vit;
 pub mod vit_block;
+pub mod xcit;
+pub mod xcit_block;
+pub mod xcit_class;
+pub mod xvit;
+pub mod xvit_class;

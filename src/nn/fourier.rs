@@ -49,6 +49,11 @@ impl FourierPosition {
         Cost { flops: 2 * h * w * features * dim, activation_bytes: 4 * h * w * (features + dim) }
     }
 
+    /// Bytes of the features alone, which the backward pass needs.
+    pub fn feature_bytes(&self, [h, w]: [usize; 2]) -> usize {
+        4 * h * w * 2 * self.hidden
+    }
+
     fn features<T: Float>(&self, [h, w]: [usize; 2]) -> Result<Tensor<T>> {
         let hidden = self.hidden;
         let shape = Shape::try_new(&[h, w, 2 * hidden])?;
