@@ -467,14 +467,14 @@ impl Operation for Class {
             &layout,
             |p, x| {
                 let (y, saved) = layer.forward(p, x)?;
-                Ok((if all_rows { with_first_rows(x, &y)? } else { y }, saved))
+                Ok((if all_rows { with_first_rows(x.clone(), &y)? } else { y }, saved))
             },
             |p, g, saved, dy| {
                 if !all_rows {
                     return layer.backward(p, g, &x, saved, dy, None);
                 }
                 let first = first_rows(dy)?;
-                let others = with_first_rows(dy, &Tensor::zeros(first.shape()))?;
+                let others = with_first_rows(dy.clone(), &Tensor::zeros(first.shape()))?;
                 layer.backward(p, g, &x, saved, &first, Some(&others))
             },
         )
@@ -495,12 +495,11 @@ pub fn first_rows<T: Float>(x: &Tensor<T>) -> Result<Tensor<T>> {
 }
 
 /// `x` with other tokens 0.
-pub fn with_first_rows<T: Float>(x: &Tensor<T>, first: &Tensor<T>) -> Result<Tensor<T>> {
+pub fn with_first_rows<T: Float>(mut x: Tensor<T>, first: &Tensor<T>) -> Result<Tensor<T>> {
     let [b, n, c] = x.dims("tokens")?;
     first.expect_shape("class tokens", [b, 1, c])?;
-    let mut y = x.clone();
-    for (to, from) in y.data_mut().chunks_exact_mut((n * c).max(1)).zip(first.data().chunks_exact(c.max(1))) {
+    for (to, from) in x.data_mut().chunks_exact_mut((n * c).max(1)).zip(first.data().chunks_exact(c.max(1))) {
         to[..c].copy_from_slice(from);
     }
-    Ok(y)
+    Ok(x)
 }

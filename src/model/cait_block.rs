@@ -163,7 +163,7 @@ pub struct ClassSaved<T: Float> {
 }
 
 /// `[c; x]` `[B, 1 + N, C]` of class tokens `[B, 1, C]` and patches `[B, N, C]`.
-fn with_class<T: Float>(class: &Tensor<T>, x: &Tensor<T>) -> Result<Tensor<T>> {
+pub(super) fn with_class<T: Float>(class: &Tensor<T>, x: &Tensor<T>) -> Result<Tensor<T>> {
     let [b, n, c] = x.dims("patches")?;
     class.expect_shape("class tokens", [b, 1, c])?;
     let mut tokens = Tensor::scratch([b, 1 + n, c]);
@@ -175,7 +175,7 @@ fn with_class<T: Float>(class: &Tensor<T>, x: &Tensor<T>) -> Result<Tensor<T>> {
 }
 
 /// Adds the rows after the first of every image of `tokens` `[B, 1 + N, C]` to `x` `[B, N, C]`.
-fn add_patches<T: Float>(x: &mut Tensor<T>, tokens: &Tensor<T>) -> Result<()> {
+pub(super) fn add_patches<T: Float>(x: &mut Tensor<T>, tokens: &Tensor<T>) -> Result<()> {
     let [_, n, c] = x.dims("patches")?;
     if n * c > 0 {
         for (x, tokens) in x.data_mut().chunks_exact_mut(n * c).zip(tokens.data().chunks_exact((1 + n) * c)) {

@@ -14,3 +14,8 @@ pub mod vit;
 pub mod vit_block;
 pub mod vt_fpn;
 pub mod vt_resnet;
+pub mod xcit;
+pub mod xcit_block;
+pub mod xcit_class;
+pub mod xvit;
+pub mod xvit_class;

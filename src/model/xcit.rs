@@ -1,0 +1,198 @@
+//! `model.xcit`: XCiT (arXiv 2106.09681): convolutional stem, Fourier positions, XCA blocks, a class stage, a head.
+//!
+//! `t = stem(x) + positions(H', W')`, blocks over the patches without a class token, `logits = head(class_stage(t))`. Nothing depends on
+//! the image size: the same weights serve every resolution. State names are the released code's (`pos_embeder` is spelled so).
+//!
+//! Backward: the parts in turn; the positions receive the sum over the images.
+
+use crate::attention::xca;
+use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
+use crate::error::Result;
+use crate::kernel::{reduce, rows};
+use crate::nn::batch_norm::Updates;
+use crate::nn::{ConvStem, FourierPosition, Init, Layout, Linear, Names, Params, conv_stem};
+use crate::tensor::random::Rng;
+use crate::tensor::{Float, Tensor};
+
+use super::xcit_block::{self, Block, Mixing};
+use super::xcit_class::{self, ClassStage};
+
+/// The network.
+#[derive(Clone, Debug)]
+pub struct Xcit {
+    stem: ConvStem,
+    positions: Option<FourierPosition>,
+    blocks: Vec<Block>,
+    stage: ClassStage,
+    head: Option<Linear>,
+}
+
+/// What [`Xcit::backward`] needs.
+pub struct Saved<T: Float> {
+    stem: conv_stem::Saved<T>,
+    /// The features of the positions.
+    features: Option<Tensor<T>>,
+    blocks: Vec<xcit_block::Saved<T>>,
+    stage: xcit_class::StageSaved<T>,
+    class: Tensor<T>,
+}
+
+impl<T: Float> Saved<T> {
+    /// Takes the running statistics after the call: none in evaluation.
+    pub fn take_updates(&mut self) -> Updates<T> {
+        let mut updates = self.stem.take_updates();
+        updates.extend(self.blocks.iter_mut().flat_map(xcit_block::Saved::take_updates));
+        updates
+    }
+}
+
+/// Start of the gains of residual branches by depth: 1 for 12 blocks, 1e-5 for 24.
+pub fn gain_start(depth: usize) -> f64 {
+    if depth < 18 { 1.0 } else { 1e-5 }
+}
+
+impl Xcit {
+    /// Registers the parameters from the keys of `model.xcit`. `layer_scale` false takes the gains from the class blocks, and from the
+    /// others if `block_gains` is false too: the released code cannot do without those.
+    pub fn new(names: &mut Names, config: &Config, block_gains: bool) -> Result<Self> {
+        let (depth, classes) = (config.usize("depth")?, config.usize_or("num_classes", 1000)?);
+        let (stem, dim) = (conv_stem::Settings::from_config(config)?, config.positive("embed_dim")?);
+        let mixing =
+            Mixing::Xca(xca::Settings { qkv_bias: config.bool_or("qkv_bias", true)?, ..xca::Settings::from_config(config, "embed_dim")? });
+        let mut class = xcit_class::Settings::from_config(config, "embed_dim")?;
+        class.attention.qkv_bias = config.bool_or("qkv_bias", true)?;
+        class.layer_scale = class.layer_scale.map(|_| gain_start(depth));
+        let block = xcit_block::Settings::from_config(config, mixing, block_gains.then(|| gain_start(depth)))?;
+        let stem = ConvStem::new(names.at("patch_embed"), stem)?;
+        let positions =
+            if config.bool_or("use_pos", true)? { Some(FourierPosition::new(names.at("pos_embeder"), dim, 32, 10_000.0)?) } else { None };
+        let blocks = (0..depth).map(|i| Block::new(&mut names.at(format!("blocks.{i}")), block)).collect::<Result<_>>()?;
+        let stage = ClassStage::new(names, class, config.usize_or("cls_attn_layers", 2)?)?;
+        let head = (classes > 0).then(|| Linear::new(names.at("head"), dim, classes, true, Init::NORMAL_02));
+        Ok(Xcit { stem, positions, blocks, stage, head })
+    }
+
+    /// What the forward pass for images `[b, in, h, w]`, of `map` tokens each, costs.
+    pub fn cost(&self, size: [usize; 4], map: [usize; 2], training: bool) -> Result<Cost> {
+        let b = size[0];
+        let mut cost = self.stem.cost(size, training)? + self.stage.cost(b, map[0] * map[1])?;
+        if let Some(positions) = &self.positions {
+            // The table itself is added and forgotten.
+            let all = positions.cost(map);
+            cost = cost + Cost { flops: all.flops, activation_bytes: positions.feature_bytes(map) };
+        }
+        for block in &self.blocks {
+            cost = cost + block.cost([b, map[0], map[1]], training)?;
+        }
+        // Without blocks nobody keeps the tokens; without a head the class vector is the output.
+        if let Some(head) = &self.head {
+            let flops = 2 * b * head.weight().numel();
+            cost = cost + Cost { flops, activation_bytes: 4 * b * head.outputs() };
+        }
+        Ok(cost)
+    }
+
+    /// Logits `[B, classes]`, or the class vector `[B, C]` without a head, of `[B, in, H, W]`.
+    pub fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>, training: bool) -> Result<(Tensor<T>, Saved<T>)> {
+        let (mut x, map, stem) = self.stem.forward(p, image, training)?;
+        let features = match &self.positions {
+            None => None,
+            Some(positions) => {
+                let (table, features) = positions.forward(p, map)?;
+                rows::add_table(x.data_mut(), table.data());
+                Some(features)
+            }
+        };
+        let mut blocks = Vec::with_capacity(self.blocks.len());
+        for block in &self.blocks {
+            let (y, saved) = block.forward(p, x, map, training)?;
+            blocks.push(saved);
+            x = y;
+        }
+        let (class, stage) = self.stage.forward(p, &x)?;
+        let logits = self.head.as_ref().map_or(Ok(class.clone()), |head| head.forward(p, &class))?;
+        Ok((logits, Saved { stem, features, blocks, stage, class }))
+    }
+
+    /// The gradient of the images.
+    pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: Saved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
+        let Saved { stem, features, blocks, stage, class } = saved;
+        let d_class = self.head.as_ref().map_or(Ok(dy.clone()), |head| head.backward(p, g, &class, dy))?;
+        let mut d = self.stage.backward(p, g, stage, &d_class)?;
+        for (block, saved) in self.blocks.iter().zip(blocks).rev() {
+            d = block.backward(p, g, saved, &d)?;
+        }
+        if let (Some(positions), Some(features)) = (&self.positions, &features) {
+            let [_, n, c] = d.dims("gradient of the tokens")?;
+            let mut d_table = Tensor::zeros([n, c]);
+            reduce::add_column_sums(d_table.data_mut(), d.data());
+            positions.backward(g, features, &d_table)?;
+        }
+        self.stem.backward(p, g, stem, &d)
+    }
+}
+
+/// `model.xcit`.
+pub struct ModelXcit;
+
+/// Whether the blocks have gains: always with `layer_scale`, without it if the case holds any.
+fn block_gains(config: &Config, given: impl Fn(&str) -> bool) -> Result<bool> {
+    let named = |name: &str| given(&format!("blocks.0.{name}"));
+    let any = ["gamma1", "gamma2", "gamma3"].into_iter().any(named);
+    Ok(config.bool_or("layer_scale", true)? || any || !named("norm1.weight"))
+}
+
+impl Operation for ModelXcit {
+    const NAME: &'static str = "model.xcit";
+    const PAPER: &'static str = "2106.09681 XCiT";
+
+    fn sample(rng: &mut Rng) -> Config {
+        let mut config = Config::default();
+        let heads = rng.between(1, 3);
+        sample_sizes(rng, &mut config);
+        config.set("embed_dim", heads * rng.between(8usize.div_ceil(heads), 9)).set("num_heads", heads);
+        config.set("use_pos", rng.chance(0.7)).set("tokens_norm", rng.chance(0.5)).set("layer_scale", rng.chance(0.7));
+        config
+    }
+
+    fn inputs(config: &Config, draw: &mut Draw) -> Result<()> {
+        let (batch, patch) = (draw.size("batch", 2, 3), config.positive("patch_size")?);
+        let shape = [batch, config.positive("in_chans")?, draw.rng.between(patch + 1, 3 * patch), draw.rng.between(patch + 1, 2 * patch)];
+        draw.normal("x", shape);
+        Ok(())
+    }
+
+    fn cost(config: &Config, shapes: &Shapes) -> Result<Option<Cost>> {
+        let size @ [_, _, h, w] = shapes.dims("x")?;
+        let gains = block_gains(config, |name| matches!(shapes.param_dims::<1>(name), Ok(Some(_))))?;
+        let (model, _) = Layout::build(|names| Xcit::new(names, config, gains))?;
+        let map = conv_stem::Settings::from_config(config)?.grid([h, w])?;
+        model.cost(size, map, config.bool_or("training", false)?).map(Some)
+    }
+
+    fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
+        let (config, x) = (run.config(), run.input("x")?);
+        let training = config.bool_or("training", false)?;
+        let gains = block_gains(config, |name| matches!(run.param_dims::<1>(name), Ok(Some(_))))?;
+        let (model, layout) = Layout::build(|names| Xcit::new(names, config, gains))?;
+        let p = run.params(&layout)?;
+        let (logits, mut saved) = model.forward(&p, &x, training)?;
+        run.output("logits", &logits);
+        run.after_buffers(&layout, saved.take_updates());
+        if run.backward() {
+            let mut g = run.zero_grads(&p);
+            let dx = model.backward(&p, &mut g, saved, &run.cotangent("logits", logits.shape())?)?;
+            run.grad_input("x", &dx);
+            run.grad_params(&g);
+        }
+        Ok(())
+    }
+}
+
+/// Random keys that XCiT and X-ViT share.
+pub(super) fn sample_sizes(rng: &mut Rng, config: &mut Config) {
+    config.set("patch_size", if rng.chance(0.5) { 16 } else { 8 }).set("in_chans", rng.between(1, 3)).set("num_classes", rng.below(4));
+    config.set("depth", rng.between(0, 2)).set("mlp_ratio", rng.range(0.5, 2.0)).set("qkv_bias", rng.chance(0.7));
+    config.set("cls_attn_layers", rng.between(0, 2)).set("ln_eps", 1e-6).set("bn_eps", 1e-5).set("bn_momentum", 0.1);
+    config.set("training", rng.chance(0.5));
+}
