@@ -1,12 +1,11 @@
 //! Attention mechanisms: one file each, equations first, then configuration, parameters, forward, backward, operation.
 
+pub mod class;
 pub mod cluster;
 pub mod dilated;
 pub mod performer;
-pub mod class;
-pub mod softmax;
 pub mod softmax;
 pub mod swda;
-pub mod token_transformer;
 pub mod talking_heads;
+pub mod token_transformer;
 pub mod window;

@@ -11,19 +11,17 @@ pub mod dilated;
 pub mod elementwise;
 pub mod features;
 pub mod im2col;
+pub mod layer_scale;
 pub mod maps;
 pub mod norm;
-pub mod layer_scale;
-pub mod norm;
-pub mod optim;
 pub mod optim;
 pub mod pieces;
 pub mod pool;
 pub mod reduce;
 pub mod resize;
 pub mod rows;
-pub mod unfold;
 pub mod talking_heads;
+pub mod unfold;
 
 use crate::simd::{LANES, Vector};
 

@@ -5,11 +5,11 @@
 
 mod common;
 
+mod class;
 mod cluster;
 mod core;
 mod dilated;
 mod performer;
-mod class;
 mod softmax;
-mod token_transformer;
 mod talking_heads;
+mod token_transformer;
