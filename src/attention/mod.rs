@@ -1,5 +1,6 @@
 //! Attention mechanisms: one file each, equations first, then configuration, parameters, forward, backward, operation.
 
+pub mod beit;
 pub mod class;
 pub mod cluster;
 pub mod dilated;

@@ -4,6 +4,8 @@
 //! parameters are added to; what is cheaper to recompute than to keep is recomputed.
 
 pub mod batch_norm;
+pub mod beit_rel_pos;
+pub mod beit_rel_pos_resize;
 pub mod conv;
 pub mod dropout;
 pub mod group_norm;

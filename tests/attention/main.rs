@@ -5,6 +5,7 @@
 
 mod common;
 
+mod beit;
 mod class;
 mod cluster;
 mod core;
