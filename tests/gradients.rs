@@ -24,6 +24,7 @@ fn is_surrogate(case: &Case, tensor: &str) -> bool {
         || flag("hard")
         || flag("detach")
         || text("normalize") == "torchscale"
+        || text("mask_mode") == "mean"
         || matches!(text("ln_relax"), "tensor" | "token")
         || !matches!(text("quantizer"), "" | "gumbel_soft") && !matches!(text("mode"), "encode" | "decode")
         || fourier && (flag("fft_focal") || flag("fft_reweight") || matches!(text("fft_unmask_replace"), "prediction" | "mixed"))

@@ -105,6 +105,12 @@ impl CoarseMask {
         Ok(CoarseMask { cells, repeat: mask_patch_size / model_patch_size, count: ((cells * cells) as f64 * ratio).ceil() as usize })
     }
 
+    /// From the keys `input_size`, `mask_patch_size`, `model_patch_size`, `mask_ratio`.
+    pub fn from_config(config: &Config) -> Result<Self> {
+        let size = |key| config.positive(key);
+        CoarseMask::new(size("input_size")?, size("mask_patch_size")?, size("model_patch_size")?, config.f64("mask_ratio")?)
+    }
+
     /// Cells T of an image.
     pub fn cells(&self) -> usize {
         self.cells * self.cells
@@ -211,13 +217,6 @@ pub fn mask_tensor(shape: impl Into<crate::tensor::Shape>, hidden: &[bool]) -> R
 /// `mask.simmim`.
 pub struct MaskSimMim;
 
-impl MaskSimMim {
-    fn generator(config: &Config) -> Result<CoarseMask> {
-        let size = |key| config.positive(key);
-        CoarseMask::new(size("input_size")?, size("mask_patch_size")?, size("model_patch_size")?, config.f64("mask_ratio")?)
-    }
-}
-
 impl Operation for MaskSimMim {
     const NAME: &'static str = "mask.simmim";
     const PAPER: &'static str = "2111.09886 SimMIM";
@@ -232,13 +231,13 @@ impl Operation for MaskSimMim {
     }
 
     fn inputs(config: &Config, draw: &mut Draw) -> Result<()> {
-        let (cells, batch) = (Self::generator(config)?.cells(), draw.size("batch", 1, 3));
+        let (cells, batch) = (CoarseMask::from_config(config)?.cells(), draw.size("batch", 1, 3));
         let perm = (0..batch).flat_map(|_| draw.rng.permutation(cells)).map(|cell| cell as i64).collect();
         draw.ints("perm", [batch, cells], perm)
     }
 
     fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
-        let generator = Self::generator(run.config())?;
+        let generator = CoarseMask::from_config(run.config())?;
         let (cells, side) = (generator.cells(), generator.side());
         let perm = run.ints("perm")?;
         let [batch, found] = perm.shape.dims("perm")?;

@@ -1,5 +1,7 @@
 //! Masked image modeling: masks, targets, one file per objective.
 
+pub mod a2mim_paint;
+pub mod blockwise;
 pub mod greenmim;
 pub mod mae;
 pub mod mask;

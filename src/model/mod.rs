@@ -1,5 +1,6 @@
 //! Networks: one file per architecture, composed of the rooms below, parameters named as published.
 
+pub mod beit_block;
 pub mod cait_block;
 pub mod cogview_block;
 pub mod green_swin;

@@ -127,7 +127,7 @@ impl Block {
 }
 
 /// The gradient of a branch with an optional LayerScale.
-fn scale_backward<T: Float>(
+pub fn scale_backward<T: Float>(
     p: &Params<T>,
     g: &mut Params<T>,
     scale: Option<LayerScale>,

@@ -6,6 +6,8 @@
 pub mod batch_norm;
 mod cells;
 pub mod cogview_norm;
+pub mod beit_rel_pos;
+pub mod beit_rel_pos_resize;
 pub mod conv;
 pub mod conv_stem;
 pub mod dropout;

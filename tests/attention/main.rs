@@ -7,6 +7,8 @@ mod common;
 
 mod class;
 mod class_xnorm;
+mod beit;
+mod class;
 mod cluster;
 mod cogview_sparse;
 mod core;

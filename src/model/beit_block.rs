@@ -1,0 +1,245 @@
+//! `block.beit`: BEiT's pre-norm block (arXiv 2106.08254), also SimMIM's (2111.09886) and, under other names, A²MIM's (2205.13943,
+//! `block.a2mim_vit`).
+//!
+//! `x ← x + γ₁ ⊙ attn(norm1 x)`, `x ← x + γ₂ ⊙ mlp(norm2 x)`; without LayerScale the gains are 1.
+
+use crate::attention::beit::{self, BeitAttention, Biases, draw_inputs, run_with_outer_bias, sample_settings};
+use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
+use crate::error::Result;
+use crate::nn::beit_rel_pos::window;
+use crate::nn::{Init, LayerNorm, LayerScale, Layout, Mlp, Names, Params, Stats, mlp};
+use crate::tensor::random::Rng;
+use crate::tensor::{Float, Tensor};
+
+use super::vit_block::{hidden_width, scale_backward};
+
+/// The published names of the parts.
+#[derive(Clone, Copy, Debug)]
+pub struct PartNames {
+    /// Both norms.
+    pub norms: [&'static str; 2],
+    /// The MLP.
+    pub mlp: &'static str,
+    /// Its two layers.
+    pub layers: [&'static str; 2],
+}
+
+/// BEiT's and SimMIM's names.
+pub const BEIT_NAMES: PartNames = PartNames { norms: ["norm1", "norm2"], mlp: "mlp", layers: ["fc1", "fc2"] };
+/// A²MIM's names.
+pub const A2MIM_NAMES: PartNames = PartNames { norms: ["ln1", "ln2"], mlp: "ffn", layers: ["layers.0.0", "layers.1"] };
+
+/// What the block is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// The attention.
+    pub attention: beit::Settings,
+    /// Hidden width of the MLP.
+    pub hidden: usize,
+    /// ε of both norms.
+    pub eps: f64,
+    /// Start of `gamma_1` and `gamma_2`, if there are any.
+    pub layer_scale: Option<f64>,
+    /// Names of the parts.
+    pub names: PartNames,
+}
+
+impl Settings {
+    /// From the keys of `block.beit`.
+    pub fn from_config(config: &Config) -> Result<Self> {
+        let attention = beit::Settings::from_config(config)?;
+        Ok(Settings {
+            hidden: hidden_width(attention.dim, config.f64("mlp_ratio")?)?,
+            attention,
+            eps: config.f64_or("ln_eps", 1e-6)?,
+            layer_scale: config.bool("layer_scale")?.then_some(0.1),
+            names: BEIT_NAMES,
+        })
+    }
+
+    /// The weights that end the residual branches of block `index` start smaller by √(2(index + 1)).
+    pub fn at_depth(mut self, index: usize) -> Self {
+        self.attention.proj_init = Init::Normal(0.02 / (2.0 * (index + 1) as f64).sqrt());
+        self
+    }
+
+    /// What the forward pass for `[b, n, dim]` costs.
+    pub fn cost(&self, b: usize, n: usize) -> Result<Cost> {
+        let (c, hidden) = (self.attention.dim, self.hidden);
+        // The MLP; statistics, the middle (the attention's output, without LayerScale), hidden units, y; with LayerScale both branches.
+        let branches = if self.layer_scale.is_some() { 2 * c } else { 0 };
+        Ok(self.attention.cost(b, n)? + Cost { flops: 4 * b * n * c * hidden, activation_bytes: 4 * b * n * (4 + c + hidden + branches) })
+    }
+}
+
+/// The block.
+#[derive(Clone, Debug)]
+pub struct Block {
+    norm1: LayerNorm,
+    attn: BeitAttention,
+    scale1: Option<LayerScale>,
+    norm2: LayerNorm,
+    mlp: Mlp,
+    scale2: Option<LayerScale>,
+}
+
+/// What the backward pass needs.
+pub struct Saved<T: Float> {
+    x: Tensor<T>,
+    stats1: Stats<T>,
+    attn: beit::Saved<T>,
+    branch1: Option<Tensor<T>>,
+    middle: Tensor<T>,
+    stats2: Stats<T>,
+    mlp: mlp::Saved<T>,
+    branch2: Option<Tensor<T>>,
+}
+
+impl Block {
+    /// Registers the parameters.
+    pub fn new(names: &mut Names, settings: Settings) -> Result<Self> {
+        let Settings { attention, hidden, eps, layer_scale, names: part } = settings;
+        let dim = attention.dim;
+        let norm1 = LayerNorm::new(names.at(part.norms[0]), dim, eps);
+        let attn = BeitAttention::new(names.at("attn"), attention)?;
+        let norm2 = LayerNorm::new(names.at(part.norms[1]), dim, eps);
+        let mlp = Mlp::named(names.at(part.mlp), part.layers, dim, hidden, [Init::NORMAL_02, attention.proj_init]);
+        let [scale1, scale2] = ["gamma_1", "gamma_2"].map(|name| layer_scale.map(|start| LayerScale::new(names, name, dim, start)));
+        Ok(Block { norm1, attn, scale1, norm2, mlp, scale2 })
+    }
+
+    /// The block's output; `outer` `[h, N, N]` is added to the scores.
+    pub fn forward<T: Float>(&self, p: &Params<T>, x: &Tensor<T>, outer: Option<&Tensor<T>>) -> Result<(Tensor<T>, Saved<T>)> {
+        let (normed, stats1) = self.norm1.forward(p, x)?;
+        let (mut middle, attn) = self.attn.forward(p, &normed, outer, self.scale1.is_none().then_some(x))?;
+        let mut branch1 = None;
+        if let Some(scale) = self.scale1 {
+            let y = scale.forward(p, x, &middle)?;
+            branch1 = Some(std::mem::replace(&mut middle, y));
+        }
+        let (normed, stats2) = self.norm2.forward(p, &middle)?;
+        let (mut y, mlp) = self.mlp.forward(p, &normed, self.scale2.is_none().then_some(&middle))?;
+        let mut branch2 = None;
+        if let Some(scale) = self.scale2 {
+            let sum = scale.forward(p, &middle, &y)?;
+            branch2 = Some(std::mem::replace(&mut y, sum));
+        }
+        Ok((y, Saved { x: x.clone(), stats1, attn, branch1, middle, stats2, mlp, branch2 }))
+    }
+
+    /// `dx`; the gradient of `outer` is added to `d_outer`.
+    pub fn backward<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        saved: Saved<T>,
+        outer: Option<&Tensor<T>>,
+        d_outer: Option<&mut Tensor<T>>,
+        dy: &Tensor<T>,
+    ) -> Result<Tensor<T>> {
+        let Saved { x, stats1, attn, branch1, middle, stats2, mlp, branch2 } = saved;
+        let df = scale_backward(p, g, self.scale2, branch2, dy)?;
+        let normed = self.norm2.again(p, &middle, &stats2);
+        let d_normed = self.mlp.backward(p, g, &normed, mlp, &df)?;
+        drop((df, normed));
+        let d_middle = self.norm2.backward(p, g, &middle, &stats2, &d_normed, Some(dy))?;
+        drop((d_normed, middle));
+        let df = scale_backward(p, g, self.scale1, branch1, &d_middle)?;
+        let normed = self.norm1.again(p, &x, &stats1);
+        let d_normed = self.attn.backward(p, g, &normed, attn, outer, d_outer, &df)?;
+        drop((df, normed));
+        self.norm1.backward(p, g, &x, &stats1, &d_normed, Some(&d_middle))
+    }
+}
+
+/// `block.beit`.
+pub struct BeitBlock;
+
+impl Operation for BeitBlock {
+    const NAME: &'static str = "block.beit";
+    const PAPER: &'static str = "2106.08254 BEiT";
+
+    fn sample(rng: &mut Rng) -> Config {
+        let mut config = Config::default();
+        sample_settings(rng, &mut config);
+        config.set("rel_pos_bias", rng.chance(0.7)).set("window_h", rng.between(1, 3)).set("window_w", rng.between(1, 4));
+        config.set("mlp_ratio", rng.range(0.5, 3.0)).set("layer_scale", rng.chance(0.5)).set("ln_eps", 1e-6);
+        config
+    }
+
+    fn inputs(config: &Config, draw: &mut Draw) -> Result<()> {
+        draw_inputs(config, draw)
+    }
+
+    fn cost(config: &Config, inputs: &Shapes) -> Result<Option<Cost>> {
+        let [b, n, _] = inputs.dims("x")?;
+        Settings::from_config(config)?.cost(b, n).map(Some)
+    }
+
+    fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
+        let settings = Settings::from_config(run.config())?;
+        let (block, layout) = Layout::build(|names| Block::new(names, settings))?;
+        run_with_outer_bias(
+            run,
+            &layout,
+            |p, x, outer| block.forward(p, x, outer),
+            |p, g, _, saved, outer, d_outer, dy| block.backward(p, g, saved, outer, d_outer, dy),
+        )
+    }
+}
+
+/// The settings of an A²MIM block of width `dim` on a grid of `window` patches, with the other keys of `block.a2mim_vit`.
+pub fn a2mim_settings(config: &Config, dim: usize, window: [usize; 2]) -> Result<Settings> {
+    let relative = config.bool_or("rel_pos_bias", true)?;
+    Ok(Settings {
+        attention: beit::Settings {
+            biases: if relative { Biases::QueryValue } else { Biases::All },
+            window: relative.then_some(window),
+            ..beit::Settings::new(dim, config.positive("num_heads")?)
+        },
+        hidden: config.positive("mlp_hidden")?,
+        eps: config.f64_or("ln_eps", 1e-6)?,
+        layer_scale: config.bool_or("layer_scale", true)?.then_some(0.1),
+        names: A2MIM_NAMES,
+    })
+}
+
+/// `block.a2mim_vit`.
+pub struct A2mimBlock;
+
+impl Operation for A2mimBlock {
+    const NAME: &'static str = "block.a2mim_vit";
+    const PAPER: &'static str = "2205.13943 A2MIM";
+
+    fn sample(rng: &mut Rng) -> Config {
+        let mut config = Config::default();
+        let (heads, width) = (rng.between(1, 4), rng.between(2, 5));
+        config.set("dim", heads * width).set("num_heads", heads).set("mlp_hidden", rng.between(1, 20));
+        config.set("window_h", rng.between(1, 3)).set("window_w", rng.between(1, 4)).set("ln_eps", 1e-6);
+        config.set("rel_pos_bias", rng.chance(0.5)).set("layer_scale", rng.chance(0.5));
+        config
+    }
+
+    fn inputs(config: &Config, draw: &mut Draw) -> Result<()> {
+        let [h, w] = window(config)?;
+        let batch = draw.size("batch", 1, 3);
+        draw.normal("x", [batch, 1 + h * w, config.positive("dim")?]);
+        Ok(())
+    }
+
+    fn cost(config: &Config, inputs: &Shapes) -> Result<Option<Cost>> {
+        let [b, n, c] = inputs.dims("x")?;
+        a2mim_settings(config, c, window(config)?)?.cost(b, n).map(Some)
+    }
+
+    fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
+        let window = window(run.config())?;
+        let settings = a2mim_settings(run.config(), run.config().positive("dim")?, window)?;
+        let (block, layout) = Layout::build(|names| Block::new(names, settings))?;
+        let (x, tokens) = (run.input("x")?, 1 + window[0] * window[1]);
+        if x.dims::<3>("input `x`")?[1] != tokens {
+            return Err(crate::Error::shape("input `x`", format!("[batch, {tokens}, dim]"), x.shape()));
+        }
+        run.unary(&layout, |p, x| block.forward(p, x, None), |p, g, saved, dy| block.backward(p, g, saved, None, None, dy))
+    }
+}
