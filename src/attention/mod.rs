@@ -1,5 +1,6 @@
 //! Attention mechanisms: one file each, equations first, then configuration, parameters, forward, backward, operation.
 
+pub mod beit;
 pub mod class;
 pub mod class_xnorm;
 pub mod cluster;
@@ -14,15 +15,6 @@ pub mod talking_heads;
 pub mod token_transformer;
 pub mod um_window;
 pub mod visual_tokens;
-pub mod beit;
-pub mod class;
-pub mod cluster;
-pub mod dilated;
-pub mod performer;
-pub mod softmax;
-pub mod swda;
-pub mod talking_heads;
-pub mod token_transformer;
 pub mod window;
 pub mod xca;
 pub mod xnorm;

@@ -4,10 +4,10 @@
 //! parameters are added to; what is cheaper to recompute than to keep is recomputed.
 
 pub mod batch_norm;
-mod cells;
-pub mod cogview_norm;
 pub mod beit_rel_pos;
 pub mod beit_rel_pos_resize;
+mod cells;
+pub mod cogview_norm;
 pub mod conv;
 pub mod conv_stem;
 pub mod dropout;

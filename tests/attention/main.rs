@@ -5,10 +5,9 @@
 
 mod common;
 
-mod class;
-mod class_xnorm;
 mod beit;
 mod class;
+mod class_xnorm;
 mod cluster;
 mod cogview_sparse;
 mod core;
