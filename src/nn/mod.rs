@@ -5,8 +5,8 @@
 
 pub mod batch_norm;
 pub mod conv;
-pub mod group_norm;
 pub mod dropout;
+pub mod group_norm;
 mod linear;
 pub mod maps;
 pub mod mlp;
