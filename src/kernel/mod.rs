@@ -7,6 +7,7 @@ pub mod attention;
 pub mod channel_norm;
 pub mod depthwise;
 pub mod elementwise;
+pub mod factorized;
 pub mod features;
 pub mod im2col;
 pub mod maps;

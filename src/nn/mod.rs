@@ -5,6 +5,7 @@
 
 pub mod batch_norm;
 pub mod conv;
+pub mod conv_position;
 pub mod dropout;
 pub mod group_norm;
 mod linear;
