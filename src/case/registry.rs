@@ -37,6 +37,8 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::nn::conv_position::ConvPositionEncoding>(),
     Op::of::<crate::nn::conv_position::ConvRelativePosition>(),
     Op::of::<crate::attention::factorized_conv::FactorizedConv>(),
+    Op::of::<crate::model::coat_block::CoatSerial>(),
+    Op::of::<crate::model::coat_block::CoatParallel>(),
     Op::of::<crate::nn::soft_split::SoftSplitOp>(),
     Op::of::<crate::nn::positions::SinusoidPosition>(),
     Op::of::<crate::attention::performer::PerformerFeatures>(),

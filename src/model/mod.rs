@@ -1,5 +1,6 @@
 //! Networks: one file per architecture, composed of the rooms below, parameters named as published.
 
+pub mod coat_block;
 pub mod green_swin;
 pub mod swin;
 pub mod swin_ops;

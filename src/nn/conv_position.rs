@@ -344,12 +344,14 @@ impl Operation for ConvRelativePosition {
         let (q, v) = (regroup(&q, dims, false), regroup(&v, dims, false));
         let values = Values { data: v.data(), stride: c, column: 0 };
         let u = crpe.forward(&p, values, b, map);
-        let mut y = Tensor::zeros(q.shape());
-        for (image, y) in y.data_mut().chunks_exact_mut((1 + pixels) * c).enumerate() {
-            let u = Mat::new(&u.data()[image * pixels * c..(image + 1) * pixels * c], pixels, c);
-            products(&mut y[c..], c, behind_class(&q, image, pixels, c), u);
-        }
-        let y = regroup(&y, dims, true);
+        let y = {
+            let mut y = Tensor::zeros(q.shape());
+            for (image, y) in y.data_mut().chunks_exact_mut((1 + pixels) * c).enumerate() {
+                let u = Mat::new(&u.data()[image * pixels * c..(image + 1) * pixels * c], pixels, c);
+                products(&mut y[c..], c, behind_class(&q, image, pixels, c), u);
+            }
+            regroup(&y, dims, true)
+        };
         run.output("y", &y);
         if run.backward() {
             let mut g = run.zero_grads(&p);

@@ -5,6 +5,7 @@
 
 mod common;
 
+mod factorized_conv;
 mod performer;
 mod softmax;
 mod token_transformer;
