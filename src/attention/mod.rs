@@ -7,6 +7,7 @@ pub mod cluster;
 pub mod cogview_sparse;
 pub mod dilated;
 pub mod pb_relax;
+pub mod factorized_conv;
 pub mod performer;
 pub mod softmax;
 pub mod spatial_reduction;

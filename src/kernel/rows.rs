@@ -58,21 +58,6 @@ pub fn add_to_columns<T: Float>(out: &mut [T], stride: usize, first: usize, x: &
         .for_each(|(out, x)| T::dispatch(AddToColumns { out, stride, first, x, width }));
 }
 
-/// `out[j, i] = x[i, j]` for `rows × cols` values.
-pub fn transpose<T: Float>(out: &mut [T], x: &[T], rows: usize, cols: usize) {
-    assert!(out.len() == rows * cols && x.len() == rows * cols);
-    // Blocks of 16 × 16, so that both sides are touched a cache line at a time.
-    for i0 in (0..rows).step_by(LANES) {
-        for j0 in (0..cols).step_by(LANES) {
-            for i in i0..rows.min(i0 + LANES) {
-                for j in j0..cols.min(j0 + LANES) {
-                    out[j * rows + i] = x[i * cols + j];
-                }
-            }
-        }
-    }
-}
-
 /// Row `i` of image b of `out` ← row `index[i]` of image b of `x`; an index beyond the rows of `x` gives zeros.
 pub fn gather_batch<T: Float>(out: &mut [T], x: &[T], index: &[u32], batch: usize, width: usize) {
     assert!(out.len() == batch * index.len() * width && (batch == 0 || x.len().is_multiple_of(batch)));

@@ -15,8 +15,9 @@ use super::norm::{LayerNorm, Stats};
 use super::param::{Param, Params};
 use crate::case::{Config, Cost, Draw, Operation, Run};
 use crate::error::{Error, Result};
+use crate::kernel::maps::transpose;
 use crate::kernel::unfold::{Order, Unfold};
-use crate::kernel::{norm, reduce, rows};
+use crate::kernel::{norm, reduce};
 use crate::linalg::{Mat, MatMut};
 use crate::tensor::random::Rng;
 use crate::tensor::{Buffer, Float, Tensor};
@@ -129,7 +130,7 @@ impl SplitLinear<'_> {
         let mut out = Buffer::scratch(values.len());
         match unfold.order {
             Order::Planes => out.copy_from_slice(values),
-            Order::Pixels => transpose(&mut out, values, unfold.chans, unfold.kernel * unfold.kernel),
+            Order::Pixels => transpose(&mut out, values, values.len() / unfold.width(), unfold.chans, unfold.kernel * unfold.kernel),
         }
         out
     }
@@ -139,7 +140,7 @@ impl SplitLinear<'_> {
         let mut back = Buffer::scratch(d.len());
         match unfold.order {
             Order::Planes => back.copy_from_slice(d),
-            Order::Pixels => transpose(&mut back, d, unfold.kernel * unfold.kernel, unfold.chans),
+            Order::Pixels => transpose(&mut back, d, d.len() / unfold.width(), unfold.kernel * unfold.kernel, unfold.chans),
         }
         crate::kernel::elementwise::add(total, &back);
     }
@@ -270,13 +271,6 @@ impl SplitLinear<'_> {
         let (n, outputs) = (b * rows * cols, self.linear.outputs());
         let stats = if self.norm.is_some() { 2 } else { 0 };
         Ok(Cost { flops: 2 * n * self.linear.inputs() * outputs, activation_bytes: 4 * n * (outputs + stats) })
-    }
-}
-
-/// Every run of `rows · cols` values transposed.
-fn transpose<T: Float>(out: &mut [T], x: &[T], rows: usize, cols: usize) {
-    for (out, x) in out.chunks_exact_mut((rows * cols).max(1)).zip(x.chunks_exact((rows * cols).max(1))) {
-        rows::transpose(out, x, rows, cols);
     }
 }
 

@@ -13,6 +13,7 @@ mod cogview_sparse;
 mod core;
 mod dilated;
 mod pb_relax;
+mod factorized_conv;
 mod performer;
 mod softmax;
 mod talking_heads;
