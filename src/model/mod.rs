@@ -2,8 +2,8 @@
 
 pub mod beit_block;
 pub mod cait_block;
-pub mod cogview_block;
 pub mod coat_block;
+pub mod cogview_block;
 pub mod green_swin;
 pub mod green_twins;
 pub mod resnet;
