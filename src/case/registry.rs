@@ -21,6 +21,8 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::attention::talking_heads::TalkingHeadsAttention>(),
     Op::of::<crate::attention::window::Window>(),
     Op::of::<crate::attention::window::GroupWindow>(),
+    Op::of::<crate::nn::dilate::PatchEmbedOp>(),
+    Op::of::<crate::nn::dilate::PatchMergingOp>(),
     Op::of::<crate::attention::swda::Swda>(),
     Op::of::<crate::attention::dilated::DilatedAttention>(),
     Op::of::<crate::attention::dilated::GlobalAttention>(),

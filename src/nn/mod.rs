@@ -8,6 +8,7 @@ mod cells;
 pub mod cogview_norm;
 pub mod conv;
 pub mod dropout;
+pub mod dilate;
 pub mod group_norm;
 pub mod gumbel_softmax;
 pub mod layer_scale;
