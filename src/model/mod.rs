@@ -1,7 +1,9 @@
 //! Networks: one file per architecture, composed of the rooms below, parameters named as published.
 
 pub mod cait_block;
+pub mod cluster_block;
 pub mod cogview_block;
+pub mod dilate_block;
 pub mod green_swin;
 pub mod green_twins;
 pub mod swin;
