@@ -6,6 +6,7 @@ pub mod cogview_block;
 pub mod dilate_block;
 pub mod green_swin;
 pub mod green_twins;
+pub mod hpvit;
 pub mod swin;
 pub mod swin_ops;
 pub mod t2t;
