@@ -42,6 +42,8 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::model::green_swin::Merging>(),
     Op::of::<crate::model::green_swin::Model>(),
     Op::of::<crate::model::vit::ModelVit>(),
+    Op::of::<crate::model::dilateformer::ModelDilateFormer>(),
+    Op::of::<crate::model::coc::ModelCoc>(),
     Op::of::<crate::model::hpvit::ModelHpvit>(),
     Op::of::<crate::model::hpvit::HpvitLoad>(),
     Op::of::<crate::model::vit::ModelVitDistilled>(),

@@ -2,8 +2,10 @@
 
 pub mod cait_block;
 pub mod cluster_block;
+pub mod coc;
 pub mod cogview_block;
 pub mod dilate_block;
+pub mod dilateformer;
 pub mod green_swin;
 pub mod green_twins;
 pub mod hpvit;
