@@ -284,6 +284,11 @@ impl<'a, T: Float> Run<'a, T> {
         }
     }
 
+    /// The names of all inputs.
+    pub fn input_names(&self) -> Vec<&'a str> {
+        self.given.keys().filter_map(|name| name.strip_prefix("input.")).collect()
+    }
+
     /// Whether an input is there.
     pub fn has_input(&self, name: &str) -> bool {
         self.given.contains_key(&format!("input.{name}"))
