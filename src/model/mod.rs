@@ -2,17 +2,17 @@
 
 pub mod beit_block;
 pub mod cait_block;
-pub mod coat_block;
 pub mod cluster_block;
+pub mod coat_block;
 pub mod coc;
 pub mod cogview_block;
 pub mod dilate_block;
 pub mod dilateformer;
 pub mod green_swin;
 pub mod green_twins;
+pub mod hpvit;
 pub mod resnet;
 pub mod resnet_block;
-pub mod hpvit;
 pub mod swin;
 pub mod swin_ops;
 pub mod t2t;
