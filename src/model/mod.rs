@@ -4,6 +4,8 @@ pub mod cait_block;
 pub mod cogview_block;
 pub mod green_swin;
 pub mod green_twins;
+pub mod pre_norm;
+pub mod pvt;
 pub mod swin;
 pub mod swin_ops;
 pub mod t2t;
