@@ -70,6 +70,8 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::nn::logit_laplace::LogitLaplace>(),
     Op::of::<crate::model::pvt::PvtBlock>(),
     Op::of::<crate::model::pvt::ModelPvt>(),
+    Op::of::<crate::model::um_swin::UmSwinBlock>(),
+    Op::of::<crate::model::um_swin::ModelUmSwin>(),
 ];
 
 /// All operations, in order of the sheets.

@@ -10,5 +10,6 @@ pub mod swin;
 pub mod swin_ops;
 pub mod t2t;
 pub mod t2t_block;
+pub mod um_swin;
 pub mod vit;
 pub mod vit_block;
