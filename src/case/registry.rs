@@ -72,6 +72,7 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::model::pvt::ModelPvt>(),
     Op::of::<crate::model::um_swin::UmSwinBlock>(),
     Op::of::<crate::model::um_swin::ModelUmSwin>(),
+    Op::of::<crate::model::green_twins::ModelGreenTwins>(),
 ];
 
 /// All operations, in order of the sheets.

@@ -32,10 +32,16 @@ pub struct BlockSettings {
 /// A block: `downsample.proj`, `norm1`, `attn`, `norm2`, `mlp`.
 #[derive(Clone, Debug)]
 pub struct Block {
-    downsample: Option<(CellConv, Cells)>,
+    downsample: Option<CellConv>,
     attn: SpatialReduction,
-    cells: Cells,
     pre_norm: PreNorm,
+}
+
+/// The cells of a block on a map: of its leading convolution, and of its reduction.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    downsample: Cells,
+    reduced: Cells,
 }
 
 /// What the backward pass needs: the input of the convolution, and the rest.
@@ -55,6 +61,12 @@ impl BlockSettings {
         if self.downsample_from.is_some() { self.map.map(|side| side / 2) } else { self.map }
     }
 
+    /// The cells on the block's map.
+    pub fn plan(&self) -> Result<Plan> {
+        check_reduction(self.grid(), self.attention.sr_ratio)?;
+        Ok(Plan { downsample: Cells::dense(self.map, 2), reduced: Cells::dense(self.grid(), self.attention.sr_ratio) })
+    }
+
     /// The cost for `b` images.
     fn cost(&self, b: usize) -> Result<Cost> {
         let (dim, r, [height, width]) = (self.attention.dim, self.attention.sr_ratio.max(1), self.grid());
@@ -70,41 +82,32 @@ impl BlockSettings {
 impl Block {
     /// Registers the parameters.
     pub fn new(names: &mut Names, settings: BlockSettings) -> Result<Self> {
-        let BlockSettings { attention, mlp_ratio, norm_eps, downsample_from, map } = settings;
-        let grid = settings.grid();
-        check_reduction(grid, attention.sr_ratio)?;
+        let BlockSettings { attention, mlp_ratio, norm_eps, downsample_from, .. } = settings;
         let downsample = match downsample_from {
             None => None,
-            Some(from) => {
-                let conv = CellConv::new(names.at("downsample.proj"), from, attention.dim, 2, he(2, attention.dim))?;
-                Some((conv, Cells::dense(map, 2)))
-            }
+            Some(from) => Some(CellConv::new(names.at("downsample.proj"), from, attention.dim, 2, he(2, attention.dim))?),
         };
-        Ok(Block {
-            downsample,
-            cells: Cells::dense(grid, attention.sr_ratio),
-            attn: SpatialReduction::new(&mut names.at("attn"), attention, xavier)?,
-            pre_norm: PreNorm::new(names, attention.dim, mlp_ratio, norm_eps, xavier)?,
-        })
+        let attn = SpatialReduction::new(&mut names.at("attn"), attention, xavier)?;
+        Ok(Block { downsample, attn, pre_norm: PreNorm::new(names, attention.dim, mlp_ratio, norm_eps, xavier)? })
     }
 
     /// The block's output.
-    pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>) -> Result<(Tensor<T>, Saved<T>)> {
+    pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>, plan: &Plan) -> Result<(Tensor<T>, Saved<T>)> {
         let (x, input) = match &self.downsample {
             None => (x, None),
-            Some((conv, cells)) => (conv.forward(p, &x, cells)?, Some(x)),
+            Some(conv) => (conv.forward(p, &x, &plan.downsample)?, Some(x)),
         };
-        let (y, block) = self.pre_norm.forward(p, x, |x, residual| self.attn.forward(p, x, &self.cells, Some(residual)))?;
+        let (y, block) = self.pre_norm.forward(p, x, |x, residual| self.attn.forward(p, x, &plan.reduced, Some(residual)))?;
         Ok((y, Saved { input, block }))
     }
 
     /// `dx`.
-    pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: Saved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
+    pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: Saved<T>, plan: &Plan, dy: &Tensor<T>) -> Result<Tensor<T>> {
         let Saved { input, block } = saved;
-        let attend = |g: &mut Params<T>, x: &Tensor<T>, saved, d: &Tensor<T>| self.attn.backward(p, g, x, saved, &self.cells, d);
+        let attend = |g: &mut Params<T>, x: &Tensor<T>, saved, d: &Tensor<T>| self.attn.backward(p, g, x, saved, &plan.reduced, d);
         let dx = self.pre_norm.backward(p, g, block, dy, attend)?;
         match (&self.downsample, input) {
-            (Some((conv, cells)), Some(x)) => conv.backward(p, g, &x, cells, &dx),
+            (Some(conv), Some(x)) => conv.backward(p, g, &x, &plan.downsample, &dx),
             _ => Ok(dx),
         }
     }
@@ -172,32 +175,43 @@ impl Stages {
 /// UM-MAE's PVT from the embedded patches to the last block.
 #[derive(Clone, Debug)]
 pub struct Encoder {
-    blocks: Vec<Block>,
+    blocks: Vec<(BlockSettings, Block)>,
 }
 
 impl Encoder {
-    /// Registers `blocks.{b}`; the first stage sees a map of `side × side` tokens.
-    pub fn new(names: &mut Names, stages: &Stages, side: usize) -> Result<Self> {
-        let (mut blocks, mut map) = (Vec::new(), [side; 2]);
+    /// Registers `blocks.{b}`.
+    pub fn new(names: &mut Names, stages: &Stages) -> Result<Self> {
+        let mut blocks = Vec::new();
         for stage in 0..stages.count() {
             if stage > 0 && stages.depths[stage] == 0 {
                 return Err(Error::config("depths", "expected at least one block per stage: the first one downsamples"));
             }
             for b in 0..stages.depths[stage] {
                 let from = (stage > 0 && b == 0).then(|| stages.embed_dims[stage - 1]);
-                let settings = stages.block(stage, Mode::AvgPool, 1e-5, map, from);
-                map = settings.grid();
-                blocks.push(Block::new(&mut names.at(format!("blocks.{}", blocks.len())), settings)?);
+                let settings = stages.block(stage, Mode::AvgPool, 1e-5, [0; 2], from);
+                let block = Block::new(&mut names.at(format!("blocks.{}", blocks.len())), settings)?;
+                blocks.push((settings, block));
             }
         }
         Ok(Encoder { blocks })
     }
 
+    /// The plans of all blocks where the first stage sees a map of `side × side` tokens.
+    pub fn plans(&self, side: usize) -> Result<Vec<Plan>> {
+        let mut map = [side; 2];
+        let plan = |(settings, _): &(BlockSettings, Block)| {
+            let settings = BlockSettings { map, ..*settings };
+            map = settings.grid();
+            settings.plan()
+        };
+        self.blocks.iter().map(plan).collect()
+    }
+
     /// The tokens after the last block.
-    pub fn forward<T: Float>(&self, p: &Params<T>, mut x: Tensor<T>) -> Result<(Tensor<T>, Vec<Saved<T>>)> {
+    pub fn forward<T: Float>(&self, p: &Params<T>, mut x: Tensor<T>, plans: &[Plan]) -> Result<(Tensor<T>, Vec<Saved<T>>)> {
         let mut saved = Vec::with_capacity(self.blocks.len());
-        for block in &self.blocks {
-            let (y, s) = block.forward(p, x)?;
+        for ((_, block), plan) in self.blocks.iter().zip(plans) {
+            let (y, s) = block.forward(p, x, plan)?;
             x = y;
             saved.push(s);
         }
@@ -205,10 +219,17 @@ impl Encoder {
     }
 
     /// The gradient of the tokens that went in.
-    pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: Vec<Saved<T>>, dy: &Tensor<T>) -> Result<Tensor<T>> {
+    pub fn backward<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        saved: Vec<Saved<T>>,
+        plans: &[Plan],
+        dy: &Tensor<T>,
+    ) -> Result<Tensor<T>> {
         let mut d = dy.clone();
-        for (block, saved) in self.blocks.iter().zip(saved).rev() {
-            d = block.backward(p, g, saved, &d)?;
+        for (((_, block), plan), saved) in self.blocks.iter().zip(plans).zip(saved).rev() {
+            d = block.backward(p, g, saved, plan, &d)?;
         }
         Ok(d)
     }
@@ -219,6 +240,7 @@ struct UmMae {
     embed: PatchEmbed,
     positions: Param,
     encoder: Encoder,
+    plans: Vec<Plan>,
     head: MeanHead,
 }
 
@@ -229,10 +251,12 @@ impl UmMae {
         let dim = stages.embed_dims[0];
         let embed = PatchEmbed::new(names.at("patch_embed"), [image; 2], patch, chans, dim, None, xavier(chans * patch * patch, dim))?;
         let [side, _] = embed.grid();
+        let encoder = Encoder::new(names, &stages)?;
         Ok(UmMae {
             embed,
+            plans: encoder.plans(side)?,
             positions: names.param("pos_embed", [1, side * side, dim], Init::ZEROS),
-            encoder: Encoder::new(names, &stages, side)?,
+            encoder,
             head: MeanHead::new(names, stages.width(), config.usize("num_classes")?, 1e-6, xavier),
         })
     }
@@ -240,13 +264,13 @@ impl UmMae {
     fn run<T: Float>(&self, run: &mut Run<T>, p: &Params<T>, image: &Tensor<T>) -> Result<()> {
         let (mut x, embed) = self.embed.forward(p, image, None)?;
         rows::add_table(x.data_mut(), p.get(self.positions));
-        let (x, blocks) = self.encoder.forward(p, x)?;
+        let (x, blocks) = self.encoder.forward(p, x, &self.plans)?;
         let (y, head) = self.head.forward(p, &x)?;
         run.output("y", &y);
         if run.backward() {
             let mut g = run.zero_grads(p);
             let d = self.head.backward(p, &mut g, head, &run.cotangent("y", y.shape())?)?;
-            let d = self.encoder.backward(p, &mut g, blocks, &d)?;
+            let d = self.encoder.backward(p, &mut g, blocks, &self.plans, &d)?;
             reduce::add_column_sums(g.get_mut(self.positions), d.data());
             let d_image = self.embed.backward(p, &mut g, &embed, &d, None)?;
             run.grad_input("x", &d_image);
@@ -263,6 +287,7 @@ struct StageV1 {
     positions: Param,
     class: Option<Param>,
     blocks: Vec<Block>,
+    plan: Plan,
 }
 
 struct StageSaved<T: Float> {
@@ -310,7 +335,7 @@ impl V1 {
             let settings = of.block(i, Mode::Conv, 1e-6, map, None);
             let blocks =
                 (0..of.depths[i]).map(|b| Block::new(&mut names.at(format!("block{}.{b}", i + 1)), settings)).collect::<Result<_>>()?;
-            stages.push(StageV1 { embed, positions, class, blocks });
+            stages.push(StageV1 { embed, positions, class, blocks, plan: settings.plan()? });
         }
         let norm = LayerNorm::new(names.at("norm"), of.width(), 1e-6);
         let classes = config.usize("num_classes")?;
@@ -336,7 +361,7 @@ impl V1 {
             rows::add_table(x.data_mut(), p.get(stage.positions));
             let mut blocks = Vec::with_capacity(stage.blocks.len());
             for block in &stage.blocks {
-                let (y, s) = block.forward(p, x)?;
+                let (y, s) = block.forward(p, x, &stage.plan)?;
                 x = y;
                 blocks.push(s);
             }
@@ -361,7 +386,7 @@ impl V1 {
         d.data_mut().chunks_exact_mut(tokens * dim).zip(d_class.data().chunks_exact(dim)).for_each(|(x, y)| x[..dim].copy_from_slice(y));
         for (stage, saved) in self.stages.iter().zip(saved).rev() {
             for (block, saved) in stage.blocks.iter().zip(saved.blocks).rev() {
-                d = block.backward(p, &mut g, saved, &d)?;
+                d = block.backward(p, &mut g, saved, &stage.plan, &d)?;
             }
             reduce::add_column_sums(g.get_mut(stage.positions), d.data());
             if let Some(class) = stage.class {
@@ -452,8 +477,9 @@ impl Operation for PvtBlock {
         }
         let chans = settings.downsample_from.unwrap_or(settings.attention.dim);
         run.input("x")?.expect_shape("input `x`", [batch, tokens, chans])?;
+        let plan = settings.plan()?;
         let (block, layout) = Layout::build(|names| Block::new(names, settings))?;
-        run.unary(&layout, |p, x| block.forward(p, x.clone()), |p, g, saved, dy| block.backward(p, g, saved, dy))
+        run.unary(&layout, |p, x| block.forward(p, x.clone(), &plan), |p, g, saved, dy| block.backward(p, g, saved, &plan, dy))
     }
 }
 

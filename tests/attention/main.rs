@@ -18,3 +18,8 @@ mod talking_heads;
 mod token_transformer;
 mod xca;
 mod xnorm;
+mod group_window;
+mod softmax;
+mod spatial_reduction;
+mod um_window;
+mod window;
