@@ -111,6 +111,11 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::model::cogview_block::Sandwich>(),
     Op::of::<crate::nn::gumbel_softmax::GumbelSoftmax>(),
     Op::of::<crate::nn::logit_laplace::LogitLaplace>(),
+    Op::of::<crate::model::pvt::PvtBlock>(),
+    Op::of::<crate::model::pvt::ModelPvt>(),
+    Op::of::<crate::model::um_swin::UmSwinBlock>(),
+    Op::of::<crate::model::um_swin::ModelUmSwin>(),
+    Op::of::<crate::model::green_twins::ModelGreenTwins>(),
 ];
 
 /// All operations, in order of the sheets.

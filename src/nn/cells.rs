@@ -89,7 +89,6 @@ impl Cells {
 #[derive(Clone, Debug)]
 pub struct CellConv {
     linear: Linear,
-    side: usize,
     inputs: usize,
 }
 
@@ -104,18 +103,12 @@ impl CellConv {
             ));
         }
         let linear = Linear::shaped(&mut names, [outputs, inputs, side, side].into(), inputs * side * side, outputs, true, init);
-        Ok(CellConv { linear, side, inputs })
-    }
-
-    /// Rows and columns of a cell.
-    pub fn side(&self) -> usize {
-        self.side
+        Ok(CellConv { linear, inputs })
     }
 
     /// The cost for `count` cells in each of `b` images: the output is all that is new.
-    pub fn cost(&self, b: usize, count: usize) -> Cost {
-        let outputs = self.linear.outputs();
-        Cost { flops: 2 * b * count * outputs * self.inputs * self.side * self.side, activation_bytes: 4 * b * count * outputs }
+    pub fn cost(inputs: usize, outputs: usize, side: usize, b: usize, count: usize) -> Cost {
+        Cost { flops: 2 * b * count * outputs * inputs * side * side, activation_bytes: 4 * b * count * outputs }
     }
 
     fn expect<T: Float>(&self, x: &Tensor<T>) -> Result<()> {
