@@ -40,6 +40,10 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::model::cogview_block::Sandwich>(),
     Op::of::<crate::nn::gumbel_softmax::GumbelSoftmax>(),
     Op::of::<crate::nn::logit_laplace::LogitLaplace>(),
+    Op::of::<crate::nn::vector_quantize::VectorQuantizeOp>(),
+    Op::of::<crate::tokenizer::dvae::Dvae>(),
+    Op::of::<crate::tokenizer::vqvae::VqVae>(),
+    Op::of::<crate::tokenizer::bpe::BpeOp>(),
 ];
 
 /// All operations, in order of the sheets.

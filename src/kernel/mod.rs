@@ -4,9 +4,9 @@
 //! go through fixed chunks whose parts are added in order.
 
 pub mod attention;
+pub mod categorical;
 pub mod channel_norm;
 pub mod depthwise;
-pub mod categorical;
 pub mod elementwise;
 pub mod im2col;
 pub mod maps;

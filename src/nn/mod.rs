@@ -4,13 +4,14 @@
 //! parameters are added to; what is cheaper to recompute than to keep is recomputed.
 
 pub mod batch_norm;
-pub mod conv;
-pub mod group_norm;
 pub mod cogview_norm;
+pub mod conv;
+pub mod conv_transpose;
+pub mod group_norm;
 pub mod gumbel_softmax;
 mod linear;
-pub mod maps;
 pub mod logit_laplace;
+pub mod maps;
 pub mod mlp;
 mod norm;
 mod param;
@@ -18,11 +19,13 @@ pub mod patch_embed;
 pub mod pool;
 pub mod positions;
 pub mod resize;
+pub mod vector_quantize;
 
 pub use batch_norm::BatchNorm2d;
-pub use conv::{Conv2d, ConvSettings};
-pub use group_norm::GroupNorm;
 pub use cogview_norm::CogViewNorm;
+pub use conv::{Conv2d, ConvSettings};
+pub use conv_transpose::ConvTranspose2d;
+pub use group_norm::GroupNorm;
 pub use linear::Linear;
 pub use mlp::Mlp;
 pub use norm::{LayerNorm, Stats};
