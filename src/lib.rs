@@ -11,6 +11,7 @@
 //! - [`case`]: golden cases: the registry of operations, verification, comparison with derived tolerances.
 //! - [`grouping`]: window grouping: knapsack, optimal partition with certificate, plans.
 //! - [`model`]: one file per architecture.
+//! - [`tokenizer`]: pictures and text to integers and back: discrete VAEs, VQ-VAE, byte pairs.
 //! - [`mim`]: masked image modeling: masks, objectives.
 //! - [`train`]: optimizer, schedule, checkpoints, the training loop, linear probes.
 //! - [`plot`]: the few pictures that karat draws.
@@ -33,6 +34,7 @@ pub mod nn;
 pub mod plot;
 pub mod simd;
 pub mod tensor;
+pub mod tokenizer;
 pub mod train;
 
 pub use error::{Error, Result};

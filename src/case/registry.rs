@@ -116,6 +116,10 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::model::um_swin::UmSwinBlock>(),
     Op::of::<crate::model::um_swin::ModelUmSwin>(),
     Op::of::<crate::model::green_twins::ModelGreenTwins>(),
+    Op::of::<crate::nn::vector_quantize::VectorQuantizeOp>(),
+    Op::of::<crate::tokenizer::dvae::Dvae>(),
+    Op::of::<crate::tokenizer::vqvae::VqVae>(),
+    Op::of::<crate::tokenizer::bpe::BpeOp>(),
 ];
 
 /// All operations, in order of the sheets.

@@ -182,3 +182,76 @@ pub fn first_largest<T: Float>(index: &mut [u32], x: &[T], noise: Option<&[T]>, 
         }
     });
 }
+
+/// A distance of a distribution p over K entries from the uniform one, `Σ_k (p_k + a) ln((p_k + a) K + b)`: the Kullback-Leibler
+/// divergence, with what releases add to stay clear of ln 0.
+#[derive(Clone, Copy, Debug)]
+pub struct Divergence {
+    /// Added to the probability.
+    pub a: f64,
+    /// Added inside the logarithm.
+    pub b: f64,
+}
+
+impl Divergence {
+    fn terms<T: Float>(&self, p: T, count: f64) -> (f64, f64) {
+        let p = p.to_f64() + self.a;
+        let inside = p * count + self.b;
+        // p ln p is 0 at 0.
+        if inside > 0.0 { (p * libm::log(inside), libm::log(inside) + p * count / inside) } else { (0.0, 0.0) }
+    }
+
+    /// The sum over all rows of `p`.
+    pub fn sum<T: Float>(&self, p: &[T], width: usize) -> f64 {
+        let chunk = chunk_rows(width) * width.max(1);
+        let parts: Vec<f64> = p.par_chunks(chunk).map(|p| p.iter().fold(0.0, |sum, &p| sum + self.terms(p, width as f64).0)).collect();
+        parts.iter().sum()
+    }
+
+    /// `d += factor · ∂sum/∂l` where `p = softmax(l)`: with w the derivative by p, `factor · p ∘ (w − Σ p w)` in every row.
+    pub fn add_gradient<T: Float>(&self, d: &mut [T], p: &[T], width: usize, factor: f64) {
+        assert_eq!(d.len(), p.len());
+        let (chunk, count) = (chunk_rows(width) * width.max(1), width as f64);
+        d.par_chunks_mut(chunk).zip(p.par_chunks(chunk)).for_each(|(d, p)| {
+            let mut slope = vec![0.0; width];
+            for (d, p) in d.chunks_exact_mut(width.max(1)).zip(p.chunks_exact(width.max(1))) {
+                let mut mean = 0.0;
+                for (slope, &p) in slope.iter_mut().zip(p) {
+                    *slope = self.terms(p, count).1;
+                    mean += p.to_f64() * *slope;
+                }
+                for ((d, &p), slope) in d.iter_mut().zip(p).zip(&slope) {
+                    *d += T::from_f64(factor * p.to_f64() * (slope - mean));
+                }
+            }
+        });
+    }
+}
+
+struct LogSumExp<'a, T>(&'a [T]);
+
+impl<T: Float> Kernel<T> for LogSumExp<'_, T> {
+    type Output = f64;
+    #[inline(always)]
+    fn run<V: Vector<T>>(self) -> f64 {
+        let mut best = V::splat(T::NEG_INFINITY);
+        let mut j = 0;
+        while j < self.0.len() {
+            best = get::<T, V>(self.0, j, T::NEG_INFINITY).max(best);
+            j += LANES;
+        }
+        let max = best.largest();
+        let (center, mut sum) = (V::splat(max), V::splat(T::ZERO));
+        j = 0;
+        while j < self.0.len() {
+            sum = sum + (get::<T, V>(self.0, j, T::NEG_INFINITY) - center).exp();
+            j += LANES;
+        }
+        max.to_f64() + libm::log(sum.sum().to_f64())
+    }
+}
+
+/// `ln Σ e^x` of one row.
+pub fn log_sum_exp<T: Float>(row: &[T]) -> f64 {
+    T::dispatch(LogSumExp(row))
+}

@@ -86,7 +86,12 @@ pub struct Conv2d {
 
 impl Conv2d {
     /// Registers `weight` and, if there is one, `bias` (zero, but uniform like the weight under [`Init::FanIn`]).
-    pub fn new(mut names: Names, settings: ConvSettings, init: Init) -> Result<Self> {
+    pub fn new(names: Names, settings: ConvSettings, init: Init) -> Result<Self> {
+        Self::named(names, settings, init, ["weight", "bias"])
+    }
+
+    /// [`new`](Self::new) with other names for weight and bias, as some releases have them.
+    pub fn named(mut names: Names, settings: ConvSettings, init: Init, [weight_name, bias_name]: [&str; 2]) -> Result<Self> {
         let ConvSettings { inputs, outputs, kernel, stride, dilation, groups, bias, .. } = settings;
         for (key, pair) in [("kernel_size", kernel), ("stride", stride), ("dilation", dilation)] {
             if pair.contains(&0) {
@@ -96,9 +101,9 @@ impl Conv2d {
         if groups == 0 || inputs == 0 || outputs == 0 || !inputs.is_multiple_of(groups) || !outputs.is_multiple_of(groups) {
             return Err(Error::config("groups", format!("expected a divisor of {inputs} and {outputs} channels, found {groups}")));
         }
-        let weight = names.param("weight", crate::tensor::Shape::try_new(&[outputs, inputs / groups, kernel[0], kernel[1]])?, init);
+        let weight = names.param(weight_name, crate::tensor::Shape::try_new(&[outputs, inputs / groups, kernel[0], kernel[1]])?, init);
         let start = if matches!(init, Init::FanIn(_)) { init } else { Init::ZEROS };
-        let bias = bias.then(|| names.param("bias", [outputs], start));
+        let bias = bias.then(|| names.param(bias_name, [outputs], start));
         Ok(Conv2d { weight, bias, settings, geometry: settings.geometry() })
     }
 
