@@ -10,8 +10,6 @@ pub mod channel_norm;
 pub mod cluster;
 pub mod depthwise;
 pub mod dilated;
-pub mod channel_norm;
-pub mod depthwise;
 pub mod elementwise;
 pub mod factorized;
 pub mod features;
