@@ -7,6 +7,7 @@ pub mod cogview_sparse;
 pub mod dilated;
 pub mod pb_relax;
 pub mod performer;
+pub mod gaussian_mask;
 pub mod softmax;
 pub mod spatial_reduction;
 pub mod swda;

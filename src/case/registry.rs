@@ -68,6 +68,8 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::model::cogview_block::Sandwich>(),
     Op::of::<crate::nn::gumbel_softmax::GumbelSoftmax>(),
     Op::of::<crate::nn::logit_laplace::LogitLaplace>(),
+    Op::of::<crate::attention::gaussian_mask::MaskGaussianMixture>(),
+    Op::of::<crate::attention::gaussian_mask::GaussianMask>(),
 ];
 
 /// All operations, in order of the sheets.

@@ -13,6 +13,7 @@ mod core;
 mod dilated;
 mod pb_relax;
 mod performer;
+mod gaussian_mask;
 mod softmax;
 mod talking_heads;
 mod token_transformer;
