@@ -8,6 +8,8 @@ pub mod dilated;
 pub mod pb_relax;
 pub mod performer;
 pub mod gaussian_mask;
+pub mod gaussian_mask_swin;
+pub mod retention;
 pub mod softmax;
 pub mod spatial_reduction;
 pub mod swda;

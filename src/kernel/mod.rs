@@ -25,6 +25,8 @@ pub mod position_mlp;
 pub mod ranged;
 pub mod reduce;
 pub mod resize;
+pub mod retention;
+pub mod retention_gate;
 pub mod rows;
 pub mod talking_heads;
 pub mod unfold;

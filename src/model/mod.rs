@@ -2,6 +2,7 @@
 
 pub mod cait_block;
 pub mod cogview_block;
+pub mod gmm_vit;
 pub mod green_swin;
 pub mod green_twins;
 pub mod swin;
