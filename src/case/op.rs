@@ -205,6 +205,11 @@ impl Draw<'_> {
         self.inputs.insert(name.into(), Value::Float(tensor));
     }
 
+    /// The shape of a buffer that the case brings, for one that is optional.
+    pub fn buffer_shape(&self, name: &str) -> Option<Shape> {
+        self.given.get(&format!("buffer.{name}")).map(Value::shape)
+    }
+
     /// An integer input.
     pub fn ints(&mut self, name: &str, shape: impl Into<Shape>, data: Vec<i64>) -> Result<()> {
         self.inputs.insert(name.into(), Value::Int(IntTensor::new(shape, data)?));

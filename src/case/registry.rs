@@ -120,6 +120,12 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::tokenizer::dvae::Dvae>(),
     Op::of::<crate::tokenizer::vqvae::VqVae>(),
     Op::of::<crate::tokenizer::bpe::BpeOp>(),
+    Op::of::<crate::attention::gaussian_mask::MaskGaussianMixture>(),
+    Op::of::<crate::attention::gaussian_mask::GaussianMask>(),
+    Op::of::<crate::attention::gaussian_mask_swin::GaussianMaskSwin>(),
+    Op::of::<crate::model::gmm_vit::GaussianMaskBlock>(),
+    Op::of::<crate::model::gmm_vit::ModelGmmVit>(),
+    Op::of::<crate::attention::retention::Retention>(),
 ];
 
 /// All operations, in order of the sheets.

@@ -26,6 +26,8 @@ pub mod position_mlp;
 pub mod ranged;
 pub mod reduce;
 pub mod resize;
+pub mod retention;
+pub mod retention_gate;
 pub mod rows;
 pub mod softmax;
 pub mod talking_heads;

@@ -8,6 +8,7 @@ pub mod coc;
 pub mod cogview_block;
 pub mod dilate_block;
 pub mod dilateformer;
+pub mod gmm_vit;
 pub mod green_swin;
 pub mod green_twins;
 pub mod hpvit;

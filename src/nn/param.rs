@@ -22,6 +22,8 @@ pub enum Init {
         /// The standard deviation.
         std: f64,
     },
+    /// Uniform in plus or minus this.
+    Uniform(f64),
     /// Uniform in `±√(6 / (fan_in + fan_out))`.
     XavierUniform {
         /// Inputs of the linear map.
@@ -286,6 +288,7 @@ fn fill<T: Float>(values: &mut [T], init: Init, rng: &mut Rng) {
             Init::Constant(c) => c,
             Init::Normal(std) => std * rng.normal(),
             Init::NormalAround { mean, std } => mean + std * rng.normal(),
+            Init::Uniform(bound) => rng.range(-bound, bound),
             Init::XavierUniform { fan_in, fan_out } => {
                 let bound = (6.0 / (fan_in + fan_out) as f64).sqrt();
                 rng.range(-bound, bound)

@@ -1,5 +1,7 @@
 //! Patch embedding: a convolution whose kernel is its stride.
 
+use rayon::prelude::*;
+
 use super::linear::Linear;
 use super::norm::{LayerNorm, Stats};
 use super::param::{Init, Names, Params};
@@ -115,4 +117,51 @@ impl PatchEmbed {
         rows::patches_backward(image.data_mut(), d_patches.data(), dims, [self.patch; 2]);
         Ok(image)
     }
+}
+
+/// The place in an image `[C, H, W]` of every element of its patch vectors, in the order (row, column, channel).
+fn patch_index([c, h, w]: [usize; 3], patch: usize) -> impl Fn(usize, usize) -> usize {
+    let across = w / patch;
+    move |cell, i| {
+        let (y, x) = (cell / across * patch + i / c / patch, cell % across * patch + i / c % patch);
+        (i % c * h + y) * w + x
+    }
+}
+
+/// The number of patches of an image, and of elements in each; an error unless they are whole.
+pub(crate) fn patch_count(image: [usize; 4], patch: usize) -> Result<(usize, usize)> {
+    let [_, c, h, w] = image;
+    if patch == 0 || c == 0 || h == 0 || w == 0 || !h.is_multiple_of(patch) || !w.is_multiple_of(patch) {
+        return Err(Error::shape("image", format!("[batch, channels, rows, columns] in whole patches of {patch}"), image));
+    }
+    Ok((h / patch * (w / patch), patch * patch * c))
+}
+
+/// The patches of `image` `[B, C, H, W]` as vectors in the order (row, column, channel): `[B, L, P²·C]`.
+pub fn patchify<T: Float>(image: &Tensor<T>, patch: usize) -> Result<Tensor<T>> {
+    let dims @ [b, c, h, w] = image.dims("image")?;
+    let (l, n) = patch_count(dims, patch)?;
+    let at = patch_index([c, h, w], patch);
+    let mut out = Tensor::scratch([b, l, n]);
+    out.data_mut().par_chunks_mut(l * n).zip(image.data().par_chunks(c * h * w)).for_each(|(out, image)| {
+        for (cell, out) in out.chunks_exact_mut(n).enumerate() {
+            out.iter_mut().enumerate().for_each(|(i, x)| *x = image[at(cell, i)]);
+        }
+    });
+    Ok(out)
+}
+
+/// The image `[B, C, H, W]` of patch vectors `[B, L, P²·C]`: the inverse of [`patchify`], and its backward pass.
+pub fn unpatchify<T: Float>(patches: &Tensor<T>, [c, h, w]: [usize; 3], patch: usize) -> Result<Tensor<T>> {
+    let [b, _, _] = patches.dims("patches")?;
+    let (l, n) = patch_count([b, c, h, w], patch)?;
+    patches.expect_shape("patches", [b, l, n])?;
+    let at = patch_index([c, h, w], patch);
+    let mut image = Tensor::scratch([b, c, h, w]);
+    image.data_mut().par_chunks_mut(c * h * w).zip(patches.data().par_chunks(l * n)).for_each(|(image, patches)| {
+        for (cell, patch) in patches.chunks_exact(n).enumerate() {
+            patch.iter().enumerate().for_each(|(i, &x)| image[at(cell, i)] = x);
+        }
+    });
+    Ok(image)
 }

@@ -147,7 +147,7 @@ fn agrees_with_plain_loops() {
 /// Several blocks of queries and keys, few heads: the work of a head is shared out.
 #[test]
 fn agrees_with_plain_loops_for_many_tokens() {
-    for seed in 0..8 {
-        check(seed, [1, 1 + seed as usize % 3, 3, 2], [23, 25 - seed as usize], seed as usize % 2, 1 + seed as usize / 6 * 4);
+    for seed in 0..4 {
+        check(seed, [1, 1 + seed as usize % 3, 3, 2], [23, 25 - seed as usize], seed as usize % 2, 1 + seed as usize / 3 * 4);
     }
 }

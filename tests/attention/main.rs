@@ -16,6 +16,7 @@ mod factorized_conv;
 mod group_window;
 mod pb_relax;
 mod performer;
+mod gaussian_mask;
 mod softmax;
 mod spatial_reduction;
 mod talking_heads;

@@ -1,0 +1,142 @@
+//! `attention.gaussian_mask`, its variants and `mask.gaussian_mixture`.
+
+use karat::case::{Config, Tensors, Value};
+
+use crate::common::{Question, against_oracle, answer, assert_close, dot, for_seeds, softmax, value};
+
+const OP: &str = "attention.gaussian_mask";
+
+fn grid(config: &Config) -> [usize; 2] {
+    config.pair("grid").unwrap()
+}
+
+/// The factor of head `g` for patches `i` and `j`.
+fn factor(q: &Question, prefix: &str, [height, width]: [usize; 2], heads: usize, g: usize, i: usize, j: usize) -> f64 {
+    match q.config.str("mask").unwrap_or("gmm") {
+        "none" => 1.0,
+        "elm" => q.get(&format!("param.{prefix}mask"))[i * height * width + j],
+        _ => {
+            let (sigma, alpha) = (q.get(&format!("param.{prefix}sigma")), q.get(&format!("param.{prefix}alpha")));
+            let d2 = ((i / width).abs_diff(j / width).pow(2) + (i % width).abs_diff(j % width).pow(2)) as f64;
+            let cutoff = q.config.f64("cutoff_d2").unwrap_or(f64::INFINITY);
+            let term = |k: usize| alpha[k * heads + g] * (-d2 / (2.0 * (sigma[k * heads + g].powi(2) + 1e-5))).exp();
+            if d2 > cutoff { 0.0 } else { (0..sigma.len() / heads).map(term).sum() }
+        }
+    }
+}
+
+fn oracle(q: &Question) -> Vec<(&'static str, Vec<f64>)> {
+    let (n, c, h, d) = (q.dims("input.x")[1], q.usize("dim"), q.usize("heads"), q.usize("dim_head"));
+    let cls = usize::from(q.config.bool("cls_token").unwrap());
+    let mut y = Vec::new();
+    for image in q.get("input.x").chunks_exact(n * c) {
+        let qkv: Vec<Vec<f64>> = image.chunks_exact(c).map(|token| q.linear("to_qkv", token)).collect();
+        let part = |token: usize, part: usize, head: usize| &qkv[token][(part * h + head) * d..(part * h + head + 1) * d];
+        for i in 0..n {
+            let mut out = vec![0.0; h * d];
+            for head in 0..h {
+                let logit = |j: usize| {
+                    let g = if i < cls || j < cls { 1.0 } else { factor(q, "mask.", grid(&q.config), h, head, i - cls, j - cls) };
+                    g * dot(part(i, 0, head), part(j, 1, head)) / (d as f64).sqrt()
+                };
+                for (j, p) in softmax(&(0..n).map(logit).collect::<Vec<_>>()).into_iter().enumerate() {
+                    out[head * d..(head + 1) * d].iter_mut().zip(part(j, 2, head)).for_each(|(o, v)| *o += p * v);
+                }
+            }
+            y.extend(if h == 1 && d == c { out } else { q.linear("to_out.0", &out) });
+        }
+    }
+    vec![("y", y)]
+}
+
+#[test]
+fn agrees_with_plain_loops() {
+    against_oracle(OP, oracle);
+}
+
+#[test]
+fn mixture_agrees_with_plain_loops() {
+    against_oracle("mask.gaussian_mixture", |q| {
+        let (h, [height, width]) = (q.usize("heads"), grid(&q.config));
+        let n = height * width;
+        let entry = |i: usize| factor(q, "", [height, width], h, i / (n * n), i / n % n, i % n);
+        vec![("mask", (0..h * n * n).map(entry).collect())]
+    });
+}
+
+/// The output with another parameter or configuration.
+fn with(q: &Question, change: impl FnOnce(&mut Config, &mut Tensors<f64>)) -> Vec<f64> {
+    let (mut config, mut tensors) = (q.config.clone(), q.case.question());
+    change(&mut config, &mut tensors);
+    let Value::Float(y) = &answer(OP, &config, &tensors)["output.y"] else { panic!("y holds integers") };
+    y.data().to_vec()
+}
+
+fn for_mixtures(check: impl Fn(&Question, &str)) {
+    for_seeds(OP, |q, at| {
+        if q.has("param.mask.sigma") {
+            check(q, at);
+        }
+    });
+}
+
+#[test]
+fn the_sign_of_sigma_does_not_matter() {
+    for_mixtures(|q, at| {
+        let negative: Vec<f64> = q.get("param.mask.sigma").iter().map(|s| -s).collect();
+        let y = with(q, |_, t| _ = t.insert("param.mask.sigma".into(), value(&q.dims("param.mask.sigma"), &negative)));
+        assert_close(at, &y, q.get("output.y"));
+    });
+}
+
+#[test]
+fn kernels_of_equal_width_are_one_kernel() {
+    for_mixtures(|q, at| {
+        let (h, k) = (q.usize("heads"), q.usize("num_kernels"));
+        let (sigma, alpha) = (q.get("param.mask.sigma"), q.get("param.mask.alpha"));
+        let equal: Vec<f64> = (0..k * h).map(|i| sigma[i % h]).collect();
+        let sums: Vec<f64> = (0..h).map(|g| (0..k).map(|k| alpha[k * h + g]).sum()).collect();
+        let many = with(q, |_, t| _ = t.insert("param.mask.sigma".into(), value(&[k, h, 1, 1], &equal)));
+        let one = with(q, |config, t| {
+            config.set("num_kernels", 1);
+            t.insert("param.mask.sigma".into(), value(&[1, h, 1, 1], &sigma[..h]));
+            t.insert("param.mask.alpha".into(), value(&[1, h, 1, 1], &sums));
+        });
+        assert_close(at, &many, &one);
+    });
+}
+
+#[test]
+fn no_amplitude_is_uniform_attention_and_wide_kernels_scale_the_logits() {
+    for_mixtures(|q, at| {
+        let (h, k) = (q.usize("heads"), q.usize("num_kernels"));
+        let constant = |x: f64| value(&[k, h, 1, 1], &vec![x; k * h]);
+        if !q.config.bool("cls_token").unwrap() {
+            let (n, c) = (q.dims("input.x")[1], q.usize("dim"));
+            let uniform = with(q, |_, t| _ = t.insert("param.mask.alpha".into(), constant(0.0)));
+            for image in uniform.chunks_exact(n * c) {
+                image.chunks_exact(c).for_each(|token| assert_close(at, token, &image[..c]));
+            }
+        }
+        let mut wide = |config: &mut Config, t: &mut Tensors<f64>| {
+            config.set("cutoff_d2", serde_json::Value::Null);
+            t.insert("param.mask.sigma".into(), constant(1e9));
+            t.insert("param.mask.alpha".into(), constant(1.0 / k as f64));
+        };
+        let plain = with(q, |config, _| _ = config.set("mask", "none"));
+        assert_close(at, &with(q, &mut wide), &plain);
+    });
+}
+
+#[test]
+fn a_free_mask_of_ones_is_plain_attention() {
+    for_seeds(OP, |q, at| {
+        let [height, width] = grid(&q.config);
+        let n = height * width;
+        let ones = with(q, |config, t| {
+            config.set("mask", "elm");
+            t.insert("param.mask.mask".into(), value(&[n, n], &vec![1.0; n * n]));
+        });
+        assert_close(at, &ones, &with(q, |config, _| _ = config.set("mask", "none")));
+    });
+}
