@@ -40,7 +40,8 @@ impl Sampler {
     /// The filtered distribution of one row of logits.
     pub fn distribution(&self, logits: impl Iterator<Item = f64>) -> Vec<f64> {
         let forbidden = |i: usize| !self.allowed.contains(&i);
-        let mut x: Vec<f64> = logits.enumerate().map(|(i, l)| if forbidden(i) { f64::NEG_INFINITY } else { l / self.temperature }).collect();
+        let mut x: Vec<f64> =
+            logits.enumerate().map(|(i, l)| if forbidden(i) { f64::NEG_INFINITY } else { l / self.temperature }).collect();
         let falling = |x: &[f64]| {
             let mut order: Vec<usize> = (0..x.len()).collect();
             order.sort_by(|&a, &b| x[b].total_cmp(&x[a]));

@@ -65,8 +65,7 @@ impl CogView {
         let mut inner = names.at("transformer");
         let table = crate::tensor::Shape::try_new(&[max_positions, dim])?;
         let positions = inner.param("position_embeddings.weight", table, Init::NORMAL_02);
-        let blocks =
-            (0..depth).map(|i| Block::new(inner.at(format!("layers.{i}")), settings, depth)).collect::<Result<Vec<_>>>()?;
+        let blocks = (0..depth).map(|i| Block::new(inner.at(format!("layers.{i}")), settings, depth)).collect::<Result<Vec<_>>>()?;
         let norm = CogViewNorm::new(inner.at("final_layernorm"), dim, settings.ln_eps, settings.ln_relax);
         Ok(CogView { words, positions, blocks, norm, settings, vocab_size, max_positions })
     }
@@ -133,7 +132,14 @@ impl CogView {
     }
 
     /// The gradients of everything but the output's share of E.
-    pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, sequence: &Sequence, saved: Saved<T>, d_hidden: &Tensor<T>) -> Result<()> {
+    pub fn backward<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        sequence: &Sequence,
+        saved: Saved<T>,
+        d_hidden: &Tensor<T>,
+    ) -> Result<()> {
         let Saved { pattern, blocks, last, stats } = saved;
         let mut dx = self.norm.backward(p, g, &last, &stats, d_hidden, None)?;
         for (block, saved) in self.blocks.iter().zip(blocks).rev() {
