@@ -12,6 +12,7 @@
 //! - [`grouping`]: window grouping: knapsack, optimal partition with certificate, plans.
 //! - [`model`]: one file per architecture.
 //! - [`tokenizer`]: pictures and text to integers and back: discrete VAEs, VQ-VAE, byte pairs.
+//! - [`lm`]: autoregressive modeling of captions and pictures: sequences, loss, sampling, re-ranking.
 //! - [`mim`]: masked image modeling: masks, objectives.
 //! - [`train`]: optimizer, schedule, checkpoints, the training loop, linear probes.
 //! - [`plot`]: the few pictures that karat draws.
@@ -27,6 +28,7 @@ mod fs;
 pub mod grouping;
 pub mod kernel;
 pub mod linalg;
+pub mod lm;
 pub mod mim;
 pub mod model;
 pub mod nn;

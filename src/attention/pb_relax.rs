@@ -108,6 +108,25 @@ impl CogViewAttention {
         self.query_key_value.backward(p, g, z, &d_qkv)
     }
 
+    /// `dense(attention(x))` of new tokens `x` `[B, n, C]` after `at` others, whose projections `cache` `[B, room, 3C]` holds; those of
+    /// the new ones are added.
+    pub fn extend<T: Float>(&self, p: &Params<T>, x: &Tensor<T>, cache: &mut Tensor<T>, at: usize, pattern: &Pattern) -> Result<Tensor<T>> {
+        let [batch, n, _] = x.dims("new tokens")?;
+        let [b, room, width] = cache.dims("cache of an attention")?;
+        if b != batch || width != 3 * self.dim || at + n > room {
+            return Err(Error::shape("cache of an attention", format!("[{batch}, at least {}, {}]", at + n, 3 * self.dim), cache.shape()));
+        }
+        let qkv = self.query_key_value.forward(p, x)?;
+        for (cache, new) in cache.data_mut().chunks_exact_mut(room * width).zip(qkv.data().chunks_exact((n * width).max(1))) {
+            cache[at * width..(at + n) * width].copy_from_slice(new);
+        }
+        let sizes = Sizes { tokens: room, first: at, ..self.sizes(x, 0)? };
+        let mut out = Tensor::scratch([batch, n, self.dim]);
+        let mut stats = Tensor::scratch([batch, sizes.heads, n, 2]);
+        ranged::forward(out.data_mut(), stats.data_mut(), self.operands(cache), pattern, sizes);
+        self.dense.forward(p, &out)
+    }
+
     /// The keys and values of `tokens` rows projected and `queries` of them attending, `pairs` scores per image.
     pub fn cost(&self, batch: usize, tokens: usize, queries: usize, pairs: usize) -> Cost {
         let c = self.dim;

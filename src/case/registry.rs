@@ -126,6 +126,13 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::model::gmm_vit::GaussianMaskBlock>(),
     Op::of::<crate::model::gmm_vit::ModelGmmVit>(),
     Op::of::<crate::attention::retention::Retention>(),
+    Op::of::<crate::model::cogview::ModelCogView>(),
+    Op::of::<crate::lm::loss::LmCogView>(),
+    Op::of::<crate::lm::layout::CogViewSequence>(),
+    Op::of::<crate::lm::layout::CogViewPositions>(),
+    Op::of::<crate::lm::sample::SampleToken>(),
+    Op::of::<crate::lm::generate::CogViewGenerate>(),
+    Op::of::<crate::lm::generate::CaptionScore>(),
 ];
 
 /// All operations, in order of the sheets.

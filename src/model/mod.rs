@@ -5,6 +5,7 @@ pub mod cait_block;
 pub mod cluster_block;
 pub mod coat_block;
 pub mod coc;
+pub mod cogview;
 pub mod cogview_block;
 pub mod dilate_block;
 pub mod dilateformer;
