@@ -205,11 +205,6 @@ impl Draw<'_> {
         self.inputs.insert(name.into(), Value::Float(tensor));
     }
 
-    /// The shape of a buffer that the case brings, for one that is optional.
-    pub fn buffer_shape(&self, name: &str) -> Option<Shape> {
-        self.given.get(&format!("buffer.{name}")).map(Value::shape)
-    }
-
     /// An integer input.
     pub fn ints(&mut self, name: &str, shape: impl Into<Shape>, data: Vec<i64>) -> Result<()> {
         self.inputs.insert(name.into(), Value::Int(IntTensor::new(shape, data)?));
@@ -297,6 +292,11 @@ impl<'a, T: Float> Run<'a, T> {
     /// Whether an input is there.
     pub fn has_input(&self, name: &str) -> bool {
         self.given.contains_key(&format!("input.{name}"))
+    }
+
+    /// The shape of a buffer that the case brings, for one that is optional.
+    pub fn buffer_shape(&self, name: &str) -> Option<Shape> {
+        self.given.get(&format!("buffer.{name}")).map(Value::shape)
     }
 
     /// An integer input.

@@ -2,7 +2,6 @@
 
 use crate::error::{Error, Result};
 use crate::kernel::elementwise;
-use crate::kernel::maps::{relu, relu_backward};
 use crate::kernel::pool::Window;
 use crate::kernel::resize::Axis;
 use crate::nn::pool::{max_pool, max_pool_backward};
@@ -84,8 +83,9 @@ impl Stack {
                 Layer::Conv(conv) => (conv.forward(p, &x)?, Kept::Map(x)),
                 Layer::Transposed(conv) => (conv.forward(p, &x)?, Kept::Map(x)),
                 Layer::Relu => {
-                    relu(x.data_mut());
-                    (x.clone(), Kept::Map(x))
+                    let mut y = Tensor::scratch(x.shape());
+                    elementwise::relu(y.data_mut(), x.data(), T::ONE);
+                    (y.clone(), Kept::Map(y))
                 }
                 Layer::Pool => (max_pool(&x, HALVES)?, Kept::Map(x)),
                 Layer::Double => {
@@ -117,7 +117,7 @@ impl Stack {
                 (Layer::Transposed(conv), Kept::Map(x)) => conv.backward(p, g, &x, &dy)?,
                 (Layer::Relu, Kept::Map(y)) => {
                     dy.expect_shape("gradient of a ReLU", y.shape())?;
-                    relu_backward(dy.data_mut(), y.data());
+                    elementwise::relu_backward(dy.data_mut(), y.data(), T::ONE);
                     dy
                 }
                 (Layer::Pool, Kept::Map(x)) => max_pool_backward(&x, HALVES, &dy)?,
