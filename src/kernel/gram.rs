@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::attention::Operand;
 use super::{get, put};
-use crate::linalg::{Mat, MatMut};
+use crate::linalg::{Epilogue, Mat, MatMut, gemm};
 use crate::simd::{Kernel, LANES, Vector};
 use crate::tensor::{Buffer, Float};
 
@@ -233,4 +233,29 @@ pub fn par_rows_with<T: Float>(
                 .for_each(|(i, (rows, others))| work(image, image * tokens + i * BLOCK, rows, others));
         },
     );
+}
+
+/// Columns whose products with all columns behind them are one product.
+const COLUMNS: usize = 128;
+
+/// `xᵀx` of rows `x` of `width` elements. It is symmetric: half of it is computed, in blocks, and copied to the other half.
+pub fn covariance<T: Float>(out: &mut [T], x: &[T], width: usize) {
+    assert_eq!(out.len(), width * width);
+    let rows = x.len().checked_div(width).unwrap_or(0);
+    for from in (0..width).step_by(COLUMNS) {
+        let all = Mat::new(x, rows, width).cols_from(from, width - from);
+        let some = all.cols_from(0, COLUMNS.min(width - from));
+        let block = MatMut::strided(&mut out[from * width + from..], some.cols(), width - from, width);
+        gemm(some.t(), all, block, Epilogue::default());
+    }
+    for i in COLUMNS..width {
+        for j in 0..i / COLUMNS * COLUMNS {
+            out[i * width + j] = out[j * width + i];
+        }
+    }
+}
+
+/// The floating-point operations of [`covariance`].
+pub fn covariance_flops(rows: usize, width: usize) -> usize {
+    (0..width).step_by(COLUMNS).map(|from| 2 * rows * COLUMNS.min(width - from) * (width - from)).sum()
 }
