@@ -1,17 +1,17 @@
-//! XCA of many tokens without q, k, v: everything before the softmax depends on x through `S = xᵀx` and `s = Σ x_n` alone, everything
-//! after it is one matrix per image.
+//! XCA of many tokens without q, k, v: everything before the softmax depends on x through its mean and its covariance alone,
+//! everything after it is one matrix per image.
 //!
-//! With `P = W S + b sᵀ` and `p = W s + N b` for the rows of q and k: `QᵀK = P_q W_kᵀ + p_q b_kᵀ`, `‖q_i‖² = P_i·w_i + p_i b_i`; and with
-//! `D = blockdiag(A) W_v`, `δ = blockdiag(A) b_v`: `y = x (W_p D)ᵀ + (W_p δ + b_p)`. That is about 1⅔ N C² + 3 C³ multiply-adds instead of
-//! 4 N C² + 2 N C d, and nothing of N rows is kept. Backward, 3 N C² + 4 C³ instead of 8 N C² + 4 N C d: with `H = dyᵀ x`, `η = Σ dy`,
-//! `K = W_pᵀ H`, `κ = W_pᵀ η`:
+//! With the mean μ, the centered sum `Σ = (x − μ)ᵀ(x − μ)` and `q̄ = W_q μ + b_q` (k alike): `QᵀK = W_q Σ W_kᵀ + N q̄ k̄ᵀ`,
+//! `‖q_i‖² = w_i Σ w_iᵀ + N q̄_i²`; and with `D = blockdiag(A) W_v`, `δ = blockdiag(A) b_v`: `y = x (W_p D)ᵀ + (W_p δ + b_p)`. That is
+//! about 1⅔ N C² + 3 C³ multiply-adds instead of 4 N C² + 2 N C d, and nothing of N rows is kept. Backward, 3 N C² + 4 C³ instead of
+//! 8 N C² + 4 N C d: with `p = N q̄` and `P = W Σ + p μᵀ` for the rows of q and k, `H = dyᵀ x`, `η = Σ dy`, `K = W_pᵀ H`, `κ = W_pᵀ η`:
 //!
 //! `dW_p = H Dᵀ + η δᵀ`, `dA = K W_vᵀ + κ b_vᵀ`, `dW_v = Aᵀ K`, `db_v = Aᵀ κ`; then M and r as in the plain form, and
 //! `dW_q = M P_k − diag(r^q) P_q`, `dW_k = Mᵀ P_q − diag(r^k) P_k`, `db` alike with p; with `U_q = M W_k − diag(r^q) W_q`,
 //! `U_k = Mᵀ W_q − diag(r^k) W_k` and u alike with b: `dx = dy (W_p D) + x (Uᵀ W_qk) + uᵀ W_qk`.
 //!
-//! A norm from S loses digits where the terms of `w S wᵀ` cancel. [`forward`] measures that for every channel and gives up, for the
-//! plain form, where more than five bits are lost.
+//! A norm from Σ loses digits where the terms of `w Σ w` cancel. [`forward`] measures that for every channel and gives up, for the
+//! plain form, where more than three bits are lost. (A mean however large cancels nothing: it is taken out first.)
 
 use crate::kernel::elementwise;
 use crate::kernel::gram::{covariance, covariance_flops};
@@ -22,7 +22,7 @@ use crate::simd::{Kernel, LANES, Vector};
 use crate::tensor::{Buffer, Float, Tensor};
 
 /// Norms whose square is smaller than this share of its terms are not trusted.
-const TRUST: f64 = 1.0 / 32.0;
+const TRUST: f64 = 1.0 / 8.0;
 
 /// From how many tokens of width `dim` on this form is the faster one, forward and backward together.
 pub fn pays(tokens: usize, dim: usize) -> bool {
@@ -31,7 +31,7 @@ pub fn pays(tokens: usize, dim: usize) -> bool {
 
 /// Multiply-adds of [`forward`] for one image.
 pub fn forward_products(n: usize, c: usize, d: usize) -> usize {
-    // S, P, QᵀK, D, W_p D, y.
+    // Σ, P, QᵀK, D, W_p D, y.
     covariance_flops(n, c) / 2 + 2 * c * c * c + 2 * c * c * d + c * c * c + n * c * c
 }
 
@@ -212,44 +212,41 @@ pub fn forward<T: Float>(
     let (c, batch) = (h * d, squares.shape()[0]);
     let mut rows = Tensor::scratch([batch, 2 * c, c]);
     let mut sums = Tensor::scratch([batch, 2 * c]);
-    let mut s = Tensor::scratch([c, c]);
+    let (mut s, mut mean) = (Tensor::scratch([c, c]), Tensor::scratch([c]));
     let qk = &weights.qkv[..2 * c * c];
+    let count = T::of(tokens);
     for b in 0..batch {
-        let x = &x.data()[b * tokens * c..(b + 1) * tokens * c];
-        covariance(s.data_mut(), x, c);
-        // P = W S + b sᵀ, p = W s + N b
+        covariance(s.data_mut(), mean.data_mut(), &x.data()[b * tokens * c..(b + 1) * tokens * c]);
+        // p = N (W μ + b); W Σ, the first part of P
+        let sums = &mut sums.data_mut()[2 * b * c..2 * (b + 1) * c];
+        T::dispatch(MatrixVector { out: sums, matrix: qk, x: mean.data() });
+        if let Some(bias) = weights.qkv_bias {
+            elementwise::add(sums, &bias[..2 * c]);
+        }
+        let means: Vec<T> = sums.to_vec();
+        sums.iter_mut().for_each(|sum| *sum = *sum * count);
         let rows = &mut rows.data_mut()[2 * b * c * c..2 * (b + 1) * c * c];
         gemm(Mat::new(qk, 2 * c, c), Mat::new(s.data(), c, c), MatMut::new(rows, 2 * c, c), Epilogue::default());
-        let sums = &mut sums.data_mut()[2 * b * c..2 * (b + 1) * c];
-        sums.fill(T::ZERO);
-        if let Some(bias) = weights.qkv_bias {
-            let mut total = Tensor::zeros([c]);
-            add_column_sums(total.data_mut(), x);
-            T::dispatch(MatrixVector { out: sums, matrix: qk, x: total.data() });
-            sums.iter_mut().zip(bias).for_each(|(sum, &bias)| *sum += bias * T::of(tokens));
-            add_outer(rows, &bias[..2 * c], total.data());
-        }
-        // ‖q_i‖² = P_i·w_i + p_i b_i, of terms about as large as Σ_j w_ij² S_jj + N b_i²
+        // ‖q_i‖² = (W Σ)_i·w_i + N q̄_i², the first of terms about as large as Σ_j w_ij² Σ_jj
         let diagonal: Vec<T> = (0..c).map(|j| s.data()[j * c + j]).collect();
         for (i, to) in squares.data_mut()[2 * b * c..2 * (b + 1) * c].iter_mut().enumerate() {
-            let (own, bias) = (i * c..(i + 1) * c, weights.qkv_bias.map_or(T::ZERO, |bias| bias[i]));
+            let own = i * c..(i + 1) * c;
             let [square, terms] = T::dispatch(Energies { row: &rows[own.clone()], weight: &qk[own], diagonal: &diagonal });
-            *to = square + sums[i] * bias;
+            *to = square + sums[i] * means[i];
             // A channel without weight and bias is dead in every form; what is no number goes on as such.
-            if *to < T::from_f64(TRUST) * (terms + T::of(tokens) * bias * bias) {
+            if *to < T::from_f64(TRUST) * terms {
                 return None;
             }
         }
-        // QᵀK = P_q W_kᵀ + p_q b_kᵀ
+        // QᵀK = (W_q Σ) W_kᵀ + N q̄ k̄ᵀ
         for a in 0..h {
             let (q, k) = (a * d, c + a * d);
             let to = (b * h + a) * d * d;
             let out = &mut cosines.data_mut()[to..to + d * d];
             gemm(Mat::new(&rows[q * c..], d, c), Mat::new(&qk[k * c..], d, c).t(), MatMut::new(out, d, d), Epilogue::default());
-            if let Some(bias) = weights.qkv_bias {
-                add_outer(out, &sums[q..q + d], &bias[k..k + d]);
-            }
+            add_outer(out, &sums[q..q + d], &means[k..k + d]);
         }
+        add_outer(rows, sums, mean.data());
     }
     Some(Products { rows, sums })
 }
