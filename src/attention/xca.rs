@@ -7,6 +7,10 @@
 //! Backward: `dA = dOᵀV`, `dV = dO A`, `dL = A ⊙ (dA − rowsum(dA ⊙ A))`, `dτ = Σ dL ⊙ G`, `dG = τ dL`, and with
 //! `M = diag(1/m^q) dG diag(1/m^k)`, `r^q_i = Σ_j dG_ij G_ij / m_i²`, `r^k_j = Σ_i dG_ij G_ij / m_j²` (0 where the norm is below ε):
 //! `dQ = K Mᵀ − Q diag(r^q)`, `dK = Q M − K diag(r^k)`. No normalised copy of q or k exists.
+//!
+//! Many tokens take another way to the same numbers, [`covariance`]: through `xᵀx` instead of q, k and v.
+
+mod covariance;
 
 use rayon::prelude::*;
 
@@ -14,7 +18,7 @@ use crate::case::{BenchSize, Benchmark, Config, Cost, Draw, Operation, Run, Shap
 use crate::error::{Error, Result};
 use crate::kernel::attention::Operand;
 use crate::kernel::gram::{self, Maps, Tokens};
-use crate::kernel::{get, put};
+use crate::kernel::{elementwise, get, put};
 use crate::nn::{Init, Layout, Linear, Names, Param, Params};
 use crate::simd::{Kernel, LANES, Vector};
 use crate::tensor::random::Rng;
@@ -43,10 +47,16 @@ impl Settings {
     /// What the forward pass for `batch` images of `tokens` tokens costs.
     pub fn cost(&self, batch: usize, tokens: usize) -> Cost {
         let (c, d) = (self.dim, self.dim / self.num_heads.max(1));
+        // G, A and the norms.
+        let shared = 2 * c * d + 2 * c;
+        if covariance::pays(tokens, c) {
+            let kept = tokens * c + shared + covariance::kept(c);
+            return Cost { flops: 2 * batch * covariance::forward_products(tokens, c, d), activation_bytes: 4 * batch * kept };
+        }
         // qkv and proj: 4 C² per token; QᵀK and V Aᵀ: 2 C d.
         let flops = 2 * batch * tokens * (4 * c * c + 2 * c * d);
-        // qkv, O, y; G, A and the norms once per image.
-        Cost { flops, activation_bytes: 4 * batch * (5 * tokens * c + 2 * c * d + 2 * c) }
+        // qkv, O, y.
+        Cost { flops, activation_bytes: 4 * batch * (5 * tokens * c + shared) }
     }
 }
 
@@ -62,10 +72,20 @@ pub struct Xca {
 
 /// What the backward pass needs beside the input.
 pub struct Saved<T: Float> {
-    /// `[B, N, 3C]`.
-    qkv: Tensor<T>,
-    out: Tensor<T>,
     mixing: Mixing<T>,
+    way: Way<T>,
+}
+
+/// How the numbers came about.
+enum Way<T: Float> {
+    /// Through q, k and v.
+    Plain {
+        /// `[B, N, 3C]`.
+        qkv: Tensor<T>,
+        out: Tensor<T>,
+    },
+    /// Through `xᵀx`.
+    Covariance(covariance::Products<T>, covariance::Outer<T>),
 }
 
 /// How the channels of every image are mixed.
@@ -105,12 +125,35 @@ impl Xca {
         Operand { data: qkv.data(), stride: 3 * self.dim, offset: part * self.dim }
     }
 
+    fn weights<'a, T: Float>(&self, p: &'a Params<T>) -> covariance::Weights<'a, T> {
+        let bias = |layer: &Linear| layer.bias().map(|bias| p.get(bias));
+        covariance::Weights {
+            qkv: p.get(self.qkv.weight()),
+            qkv_bias: bias(&self.qkv),
+            proj: p.get(self.proj.weight()),
+            proj_bias: bias(&self.proj),
+        }
+    }
+
+    fn head_sizes(&self) -> covariance::Heads {
+        covariance::Heads { count: self.heads, width: self.dim / self.heads }
+    }
+
     /// `proj(attention(x))`, plus `residual`.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: &Tensor<T>, residual: Option<&Tensor<T>>) -> Result<(Tensor<T>, Saved<T>)> {
         let (sizes, c, h) = (self.sizes(x)?, self.dim, self.heads);
+        residual.map_or(Ok(()), |residual| residual.expect_shape("residual", x.shape()))?;
         let d = c / h;
-        let qkv = self.qkv.forward(p, x)?;
         let (mut cosines, mut norms) = (Tensor::scratch([sizes.batch, h, d, d]), Tensor::scratch([sizes.batch, 2 * c]));
+        if covariance::pays(sizes.tokens, c) {
+            let (weights, heads) = (self.weights(p), self.head_sizes());
+            if let Some(products) = covariance::forward(&mut cosines, &mut norms, x, weights, heads, sizes.tokens) {
+                let mixing = self.mixing(p, cosines, norms);
+                let (y, outer) = covariance::mix(x, &mixing.weights, weights, heads, residual);
+                return Ok((y, Saved { mixing, way: Way::Covariance(products, outer) }));
+            }
+        }
+        let qkv = self.qkv.forward(p, x)?;
         let [q, k, v] = [0, 1, 2].map(|part| self.part(&qkv, part));
         gram::products(cosines.data_mut(), Some(norms.data_mut()), q, k, None, [d, d], sizes);
         let mixing = self.mixing(p, cosines, norms);
@@ -118,7 +161,7 @@ impl Xca {
         let mut out = Tensor::scratch(x.shape());
         gram::par_rows(out.data_mut(), c, sizes.tokens, |image, first, rows| maps.apply(image, v, first, rows, c, 0, false));
         let y = self.proj.forward_onto(p, &out, residual)?;
-        Ok((y, Saved { qkv, out, mixing }))
+        Ok((y, Saved { mixing, way: Way::Plain { qkv, out } }))
     }
 
     /// From QᵀK and the squared norms.
@@ -147,7 +190,11 @@ impl Xca {
     ) -> Result<Tensor<T>> {
         let (sizes, c, h) = (self.sizes(x)?, self.dim, self.heads);
         let d = c / h;
-        let Saved { qkv, out, mixing } = saved;
+        let Saved { mixing, way } = saved;
+        let (qkv, out) = match way {
+            Way::Plain { qkv, out } => (qkv, out),
+            Way::Covariance(products, outer) => return self.covariance_backward(p, g, x, (mixing, products, outer), dy),
+        };
         let d_out = self.proj.backward(p, g, &out, dy)?;
         drop(out);
         let [q, k, v] = [0, 1, 2].map(|part| self.part(&qkv, part));
@@ -168,6 +215,34 @@ impl Xca {
         });
         drop((qkv, d_out));
         self.qkv.backward(p, g, x, &d_qkv)
+    }
+
+    fn covariance_backward<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        x: &Tensor<T>,
+        (mixing, products, outer): (Mixing<T>, covariance::Products<T>, covariance::Outer<T>),
+        dy: &Tensor<T>,
+    ) -> Result<Tensor<T>> {
+        dy.expect_shape("gradient of a cross-covariance attention", x.shape())?;
+        let (weights, heads) = (self.weights(p), self.head_sizes());
+        let add = |g: &mut Params<T>, layer: &Linear, [weight, bias]: [Tensor<T>; 2]| {
+            elementwise::add(g.get_mut(layer.weight()), weight.data());
+            layer.bias().into_iter().for_each(|param| elementwise::add(g.get_mut(param), bias.data()));
+        };
+        let zeros = |layer: &Linear| [Tensor::zeros(layer.weight().shape()), Tensor::zeros([layer.outputs()])];
+        let [mut weight, mut bias] = zeros(&self.proj);
+        let to = covariance::Gradients { weight: weight.data_mut(), bias: bias.data_mut() };
+        let (d_weights, pulled) = covariance::mix_backward(to, x, dy, &outer, weights, heads);
+        add(g, &self.proj, [weight, bias]);
+        let (m, shrink) = self.mixing_backward(p, g, &mixing, d_weights);
+        let given = covariance::Given { x, dy, products, outer, pulled, mixing: &mixing.weights, m: &m, shrink: &shrink };
+        let [mut weight, mut bias] = zeros(&self.qkv);
+        let to = covariance::Gradients { weight: weight.data_mut(), bias: bias.data_mut() };
+        let dx = covariance::backward(to, given, weights, heads);
+        add(g, &self.qkv, [weight, bias]);
+        Ok(dx)
     }
 
     /// dA → M `[B, h, d, d]` and r `[B, 2C]`; adds dτ.
@@ -331,7 +406,8 @@ impl Operation for CrossCovariance {
     }
 
     fn inputs(config: &Config, draw: &mut Draw) -> Result<()> {
-        let most = if draw.rng.chance(0.2) { 150 } else { 20 };
+        // From 64 tokens on through their covariance.
+        let most = if draw.rng.chance(0.4) { 150 } else { 20 };
         let (batch, tokens) = (draw.size("batch", 1, 3), draw.size("tokens", 1, most));
         draw.normal("x", [batch, tokens, config.positive("dim")?]);
         Ok(())

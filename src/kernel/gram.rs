@@ -6,8 +6,9 @@
 use rayon::prelude::*;
 
 use super::attention::Operand;
+use super::reduce::add_column_sums;
 use super::{get, put};
-use crate::linalg::{Mat, MatMut};
+use crate::linalg::{Epilogue, Mat, MatMut, gemm};
 use crate::simd::{Kernel, LANES, Vector};
 use crate::tensor::{Buffer, Float};
 
@@ -233,4 +234,65 @@ pub fn par_rows_with<T: Float>(
                 .for_each(|(i, (rows, others))| work(image, image * tokens + i * BLOCK, rows, others));
         },
     );
+}
+
+/// Columns whose products with all columns behind them are one product.
+const COLUMNS: usize = 128;
+
+/// Rows that exist centered at a time.
+const CENTERED: usize = 768;
+
+/// `out ← x − mean` for some rows.
+struct Center<'a, T> {
+    out: &'a mut [T],
+    x: &'a [T],
+    mean: &'a [T],
+}
+
+impl<T: Float> Kernel<T> for Center<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<V: Vector<T>>(self) {
+        let width = self.mean.len();
+        for (out, x) in self.out.chunks_exact_mut(width).zip(self.x.chunks_exact(width)) {
+            let mut j = 0;
+            while j < width {
+                put(get::<T, V>(x, j, T::ZERO) - get(self.mean, j, T::ZERO), out, j);
+                j += LANES;
+            }
+        }
+    }
+}
+
+/// The mean of rows `x`, and `Σ (x − mean) ⊗ (x − mean)`. That is symmetric: half of it is computed, in blocks, and copied to the other
+/// half.
+pub fn covariance<T: Float>(out: &mut [T], mean: &mut [T], x: &[T]) {
+    let width = mean.len();
+    let rows = x.len().checked_div(width).unwrap_or(0);
+    assert!(out.len() == width * width && rows * width == x.len());
+    mean.fill(T::ZERO);
+    add_column_sums(mean, x);
+    mean.iter_mut().for_each(|m| *m = *m / T::of(rows.max(1)));
+    let mut centered = Buffer::<T>::scratch(CENTERED.min(rows) * width);
+    let chunk = (super::chunk_rows(width) * width).max(1);
+    for (index, x) in x.chunks((CENTERED * width).max(1)).enumerate() {
+        let centered = &mut centered[..x.len()];
+        centered.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).for_each(|(out, x)| T::dispatch(Center { out, x, mean }));
+        for from in (0..width).step_by(COLUMNS) {
+            let all = Mat::new(centered, x.len() / width, width).cols_from(from, width - from);
+            let some = all.cols_from(0, COLUMNS.min(width - from));
+            let block = MatMut::strided(&mut out[from * width + from..], some.cols(), width - from, width);
+            gemm(some.t(), all, block, Epilogue { accumulate: index > 0, ..Epilogue::default() });
+        }
+    }
+    for i in COLUMNS..width {
+        for j in 0..i / COLUMNS * COLUMNS {
+            out[i * width + j] = out[j * width + i];
+        }
+    }
+}
+
+/// The floating-point operations of [`covariance`].
+pub fn covariance_flops(rows: usize, width: usize) -> usize {
+    (0..width).step_by(COLUMNS).map(|from| 2 * rows * COLUMNS.min(width - from) * (width - from)).sum()
 }
