@@ -180,15 +180,11 @@ impl Head {
 pub struct Coat {
     stages: Vec<Stage>,
     parallel: Vec<ParallelBlock>,
-    /// The head, or which maps come out.
-    end: End,
+    /// Without a head, maps come out.
+    head: Option<Head>,
+    /// Which ones.
+    features: [bool; 4],
     chans: usize,
-}
-
-#[derive(Clone, Debug)]
-enum End {
-    Head(Head),
-    Features([bool; 4]),
 }
 
 /// What the backward pass needs.
@@ -245,12 +241,12 @@ impl Coat {
         }
         let block = |i| ParallelBlock::new(&mut names.at(format!("parallel_blocks.{i}")), settings(1)?, positions[1..].to_vec());
         let parallel: Vec<_> = (0..parallel_depth).map(block).collect::<Result<_>>()?;
-        let end = if config.bool_or("return_interm_layers", false)? {
-            End::Features(out_features(config)?)
+        let (head, features) = if config.bool_or("return_interm_layers", false)? {
+            (None, out_features(config)?)
         } else {
-            End::Head(head(names, config, dims, parallel_depth > 0, unused)?)
+            (Some(head(names, config, dims, parallel_depth > 0, unused)?), [false; 4])
         };
-        Ok(Coat { stages, parallel, end, chans })
+        Ok(Coat { stages, parallel, head, features, chans })
     }
 
     /// Logits `[B, classes]` of `[B, in, H, W]`, or the maps `[B, C_s, H_s, W_s]` that were asked for.
@@ -277,18 +273,18 @@ impl Coat {
             parallel.push(saved);
         }
         let shapes = x.iter().map(Tensor::shape).collect();
-        let (outputs, head) = match &self.end {
-            End::Head(head) => {
+        let (outputs, head) = match &self.head {
+            Some(head) => {
                 let (logits, saved) = head.forward(p, &x)?;
                 (vec![("logits", logits)], Some(saved))
             }
-            End::Features(wanted) => {
+            None => {
                 let map = |s: usize| -> Result<_> {
                     let [b, n, c] = x[s].dims("tokens")?;
                     let map = token_rows(&x[s], 1..n)?.reshape([b, maps[s][0], maps[s][1], c])?;
                     Ok((FEATURES[s], channels_first(&map)?))
                 };
-                ((0..4).filter(|&s| wanted[s]).map(map).collect::<Result<_>>()?, None)
+                ((0..4).filter(|&s| self.features[s]).map(map).collect::<Result<_>>()?, None)
             }
         };
         Ok((outputs, Saved { stages, maps, parallel, shapes, head }))
@@ -298,16 +294,13 @@ impl Coat {
     pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: Saved<T>, dy: &[Tensor<T>]) -> Result<Tensor<T>> {
         let Saved { stages, maps, parallel, shapes, head } = saved;
         let mut dx: Vec<Tensor<T>> = shapes.into_iter().map(Tensor::zeros).collect();
-        match (&self.end, head) {
-            (End::Head(end), Some(saved)) => end.backward(p, g, saved, &dy[0], &mut dx)?,
-            (End::Features(wanted), _) => {
-                for (s, dy) in (0..4).filter(|&s| wanted[s]).zip(dy) {
-                    let dy = channels_last(dy)?;
-                    let [b, h, w, c] = dy.dims("gradient of a map")?;
-                    add_token_rows(&mut dx[s], &dy.reshape([b, h * w, c])?, 1)?;
-                }
-            }
-            _ => unreachable!("saved by another model"),
+        if let (Some(head), Some(saved)) = (&self.head, head) {
+            head.backward(p, g, saved, &dy[0], &mut dx)?;
+        }
+        for (s, dy) in (0..4).filter(|&s| self.features[s]).zip(dy) {
+            let dy = channels_last(dy)?;
+            let [b, h, w, c] = dy.dims("gradient of a map")?;
+            add_token_rows(&mut dx[s], &dy.reshape([b, h * w, c])?, 1)?;
         }
         for (block, saved) in self.parallel.iter().zip(parallel).rev() {
             let d = block.backward(p, g, saved, [maps[1], maps[2], maps[3]], &dx.split_off(1))?;
