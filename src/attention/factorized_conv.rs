@@ -257,7 +257,7 @@ impl FactorizedAttention {
 
         // dV̂ = DWᵀ(dU)
         let (_, dv) = ColumnsMut::new(d_qkv.data_mut(), 3 * c).split_at(2 * c);
-        self.crpe.backward(p, g, self.values(&qkv), &du, dv, batch, map);
+        self.crpe.backward(p, g, self.values(&qkv), &du, dv, map);
         drop((du, u));
 
         // dV += S dM, dK = S ∘ (V dMᵀ − 1 rᵀ), r = rowsum(M ∘ dM)

@@ -89,6 +89,7 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::attention::factorized_conv::FactorizedConv>(),
     Op::of::<crate::model::coat_block::CoatSerial>(),
     Op::of::<crate::model::coat_block::CoatParallel>(),
+    Op::of::<crate::model::coat::ModelCoat>(),
     Op::of::<crate::nn::soft_split::SoftSplitOp>(),
     Op::of::<crate::nn::positions::SinusoidPosition>(),
     Op::of::<crate::attention::performer::PerformerFeatures>(),

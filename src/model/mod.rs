@@ -3,6 +3,7 @@
 pub mod beit_block;
 pub mod cait_block;
 pub mod cluster_block;
+pub mod coat;
 pub mod coat_block;
 pub mod coc;
 pub mod cogview;

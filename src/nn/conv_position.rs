@@ -205,10 +205,9 @@ impl RelativePosition {
         v: Values<T>,
         du: &Tensor<T>,
         dv: ColumnsMut<T>,
-        batch: usize,
         [h, w]: [usize; 2],
     ) {
-        let mut rest = dv;
+        let (batch, mut rest) = (du.shape()[0], dv);
         for (conv, first, channels) in self.groups() {
             let (out, right) = rest.split_at(channels);
             rest = right;
@@ -363,7 +362,7 @@ impl Operation for ConvRelativePosition {
                 products(&mut dq[c..], c, dy, Mat::new(&u.data()[image * pixels * c..(image + 1) * pixels * c], pixels, c));
                 products(du, c, dy, behind_class(&q, image, pixels, c));
             }
-            crpe.backward(&p, &mut g, values, &du, ColumnsMut::new(dv.data_mut(), c), b, map);
+            crpe.backward(&p, &mut g, values, &du, ColumnsMut::new(dv.data_mut(), c), map);
             run.grad_input("q", &regroup(&dq, dims, true));
             run.grad_input("v", &regroup(&dv, dims, true));
             run.grad_params(&g);

@@ -64,7 +64,7 @@ impl Operation for PosEmbedSinCos2d {
 /// One element of the 1-D table of width `dim`.
 pub fn sinusoid_at(dim: usize, position: usize, channel: usize) -> f64 {
     let angle = position as f64 / libm::pow(10_000.0, (2 * (channel / 2)) as f64 / dim as f64);
-    if channel % 2 == 0 { libm::sin(angle) } else { libm::cos(angle) }
+    if channel.is_multiple_of(2) { libm::sin(angle) } else { libm::cos(angle) }
 }
 
 /// `nn.sinusoid_position`. The authors round to f32; `float32_rounded` does the same.
