@@ -134,6 +134,7 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::lm::sample::SampleToken>(),
     Op::of::<crate::lm::generate::CogViewGenerate>(),
     Op::of::<crate::lm::generate::CaptionScore>(),
+    Op::of::<crate::mim::um_mae::UmMaeOp>(),
 ];
 
 /// All operations, in order of the sheets.

@@ -10,6 +10,8 @@ pub mod pixels;
 pub mod simmim;
 pub mod simmim_swin;
 pub mod simmim_vit;
+pub mod um_encoder;
+pub mod um_mae;
 pub mod uniform;
 
 use std::sync::Arc;

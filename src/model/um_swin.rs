@@ -64,6 +64,9 @@ pub struct Plan {
     order: Option<[Vec<u32>; 2]>,
     offsets: Offsets,
     window: usize,
+    side: usize,
+    /// The 2×2 cells of a map of twice the side, for a block that starts with a convolution.
+    cells: Cells,
 }
 
 impl Plan {
@@ -71,8 +74,9 @@ impl Plan {
     pub fn new(at: &Positions, window: usize, shift: usize) -> Result<Self> {
         let side = at.side;
         let (window, shift) = clip(side, window, shift)?;
+        let cells = Cells::dense([2 * side; 2], 2);
         if window == side {
-            return Ok(Plan { order: None, offsets: Offsets::new(&at.pairs, side * side, None), window });
+            return Ok(Plan { order: None, offsets: Offsets::new(&at.pairs, side * side, None), window, side, cells });
         }
         let rolled = window_order([side; 2], window);
         let token = |t: u32| (t as usize / side + shift) % side * side + (t as usize % side + shift) % side;
@@ -84,7 +88,7 @@ impl Plan {
         let labels = (shift > 0)
             .then(|| rolled.iter().map(|&t| 3 * strip(t as usize / side) + strip(t as usize % side)).collect::<Vec<u8>>().repeat(maps));
         let in_order: Vec<[f64; 2]> = at.pairs.chunks_exact(side * side).flat_map(|map| order.iter().map(|&t| map[t as usize])).collect();
-        Ok(Plan { order: Some([order, inverse]), offsets: Offsets::new(&in_order, window * window, labels), window })
+        Ok(Plan { order: Some([order, inverse]), offsets: Offsets::new(&in_order, window * window, labels), window, side, cells })
     }
 
     /// `[B, N, C]` in window order, `[B·windows, window², C]`; or back.
@@ -120,10 +124,9 @@ pub struct BlockSettings {
 /// A block: `downsample.norm`, `downsample.proj`, `norm1`, `attn`, `norm2`, `mlp`.
 #[derive(Clone, Debug)]
 pub struct Block {
-    downsample: Option<(LayerNorm, CellConv, Cells)>,
+    downsample: Option<(LayerNorm, CellConv)>,
     attn: UmWindow,
     pre_norm: PreNorm,
-    side: usize,
 }
 
 /// What the backward pass needs: the input of the downsampling and its norm's statistics, and the rest.
@@ -150,20 +153,19 @@ impl BlockSettings {
 impl Block {
     /// Registers the parameters.
     pub fn new(names: &mut Names, settings: BlockSettings) -> Result<Self> {
-        let BlockSettings { attention, mlp_ratio, norm_eps, downsample_from, side, .. } = settings;
+        let BlockSettings { attention, mlp_ratio, norm_eps, downsample_from, .. } = settings;
         let downsample = match downsample_from {
             None => None,
             Some((from, eps)) => {
                 let norm = LayerNorm::new(names.at("downsample.norm"), from, eps);
                 let init = Init::Normal((2.0 / (4 * attention.dim) as f64).sqrt());
-                Some((norm, CellConv::new(names.at("downsample.proj"), from, attention.dim, 2, init)?, Cells::dense([2 * side; 2], 2)))
+                Some((norm, CellConv::new(names.at("downsample.proj"), from, attention.dim, 2, init)?))
             }
         };
         Ok(Block {
             downsample,
             attn: UmWindow::new(&mut names.at("attn"), attention, xavier)?,
             pre_norm: PreNorm::new(names, attention.dim, mlp_ratio, norm_eps, xavier)?,
-            side,
         })
     }
 
@@ -171,14 +173,14 @@ impl Block {
     pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>, plan: &Plan) -> Result<(Tensor<T>, Saved<T>)> {
         let (x, input) = match &self.downsample {
             None => (x, None),
-            Some((norm, conv, cells)) => {
+            Some((norm, conv)) => {
                 let (normed, stats) = norm.forward(p, &x)?;
-                (conv.forward(p, &normed, cells)?, Some((x, stats)))
+                (conv.forward(p, &normed, &plan.cells)?, Some((x, stats)))
             }
         };
         let shape @ [batch, n, c] = x.dims("input of a block")?;
-        if n != self.side * self.side {
-            return Err(Error::shape("input of a block", [batch, self.side * self.side, c], x.shape()));
+        if n != plan.side * plan.side {
+            return Err(Error::shape("input of a block", [batch, plan.side * plan.side, c], x.shape()));
         }
         let windows = Self::windows(shape, plan);
         let (y, block) = self.pre_norm.forward(p, x, |normed, residual| {
@@ -205,8 +207,8 @@ impl Block {
             plan.reordered(&self.attn.backward(p, g, &normed, saved, &plan.offsets, None, &d)?, shape, true)
         })?;
         match (&self.downsample, input) {
-            (Some((norm, conv, cells)), Some((x, stats))) => {
-                let d_normed = conv.backward(p, g, &norm.again(p, &x, &stats), cells, &dx)?;
+            (Some((norm, conv)), Some((x, stats))) => {
+                let d_normed = conv.backward(p, g, &norm.again(p, &x, &stats), &plan.cells, &dx)?;
                 norm.backward(p, g, &x, &stats, &d_normed, None)
             }
             _ => Ok(dx),
@@ -269,19 +271,13 @@ pub struct Encoder {
 pub type Plans = Vec<[Plan; 2]>;
 
 impl Encoder {
-    /// Registers `blocks.{b}`; the first stage sees a map of `side × side` tokens.
-    pub fn new(names: &mut Names, settings: &EncoderSettings, side: usize) -> Result<Self> {
+    /// Registers `blocks.{b}`.
+    pub fn new(names: &mut Names, settings: &EncoderSettings) -> Result<Self> {
         let EncoderSettings { embed_dim, depths, num_heads, mlp_ratio, window_size, posmlp_dim } = settings;
         let mut blocks = Vec::new();
         for (stage, (&depth, &num_heads)) in depths.iter().zip(num_heads).enumerate() {
             if stage > 0 && depth == 0 {
                 return Err(Error::config("depths", "expected at least one block per stage: the first one downsamples"));
-            }
-            if !side.is_multiple_of(1 << stage) || side >> stage == 0 {
-                return Err(Error::config(
-                    "depths",
-                    format!("expected a map that halves evenly from stage to stage, found {side} tokens a side"),
-                ));
             }
             let dim = embed_dim << stage;
             for b in 0..depth {
@@ -290,7 +286,7 @@ impl Encoder {
                     mlp_ratio: *mlp_ratio,
                     norm_eps: 1e-5,
                     downsample_from: (stage > 0 && b == 0).then_some((dim / 2, 1e-6)),
-                    side: side >> stage,
+                    side: 0,
                     window: *window_size,
                     shift: 0,
                 };
@@ -307,6 +303,12 @@ impl Encoder {
         let mut plans = Vec::with_capacity(self.stages);
         for stage in 0..self.stages {
             if stage > 0 {
+                if at.side == 0 || at.side % 2 == 1 {
+                    return Err(Error::config(
+                        "depths",
+                        format!("expected a map that halves evenly from stage to stage, found {} a side", at.side),
+                    ));
+                }
                 at = at.halved();
             }
             let plain = Plan::new(&at, self.window, 0)?;
@@ -366,7 +368,7 @@ impl Classifier {
         let init = xavier(chans * patch * patch, dim);
         let embed = PatchEmbed::new(names.at("patch_embed"), image, patch, chans, dim, Some(1e-6), init)?;
         let [side, _] = embed.grid();
-        let encoder = Encoder::new(names, &settings, side)?;
+        let encoder = Encoder::new(names, &settings)?;
         let head = MeanHead::new(names, settings.width(), config.usize("num_classes")?, 1e-6, xavier);
         Ok(Classifier { embed, plans: encoder.plans(Positions::regular(side))?, encoder, head })
     }

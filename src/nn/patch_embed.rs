@@ -58,6 +58,11 @@ impl PatchEmbed {
         Ok(dims)
     }
 
+    /// The norm.
+    pub fn norm(&self) -> Option<&LayerNorm> {
+        self.norm.as_ref()
+    }
+
     /// Tokens `[B, N, C]`. With `keep`, only those patches, in that order: `[B, K, C]`.
     pub fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>, keep: Option<&[u32]>) -> Result<(Tensor<T>, Saved<T>)> {
         let dims = self.image_dims(image)?;
@@ -72,6 +77,23 @@ impl PatchEmbed {
             }
             patches = kept;
         }
+        self.tokens(p, patches)
+    }
+
+    /// [`forward`](Self::forward) with patches to keep of every image by itself: `keep` is `[B, K]`.
+    pub fn forward_each<T: Float>(&self, p: &Params<T>, image: &Tensor<T>, keep: &[u32]) -> Result<(Tensor<T>, Saved<T>)> {
+        let dims @ [batch, ..] = self.image_dims(image)?;
+        let [gh, gw] = self.grid();
+        let (n, len, each) = (gh * gw, self.chans * self.patch * self.patch, keep.len().checked_div(batch).unwrap_or(0));
+        let mut patches = Tensor::scratch([batch, n, len]);
+        rows::patches(patches.data_mut(), image.data(), dims, [self.patch; 2]);
+        let mut kept = Tensor::scratch([batch, each, len]);
+        let index: Vec<u32> = keep.iter().enumerate().map(|(i, &patch)| (i / each * n) as u32 + patch).collect();
+        rows::gather(kept.data_mut(), patches.data(), &index, len);
+        self.tokens(p, kept)
+    }
+
+    fn tokens<T: Float>(&self, p: &Params<T>, patches: Tensor<T>) -> Result<(Tensor<T>, Saved<T>)> {
         let x = self.proj.forward(p, &patches)?;
         match &self.norm {
             None => Ok((x, Saved { patches, norm: None })),
