@@ -1,25 +1,34 @@
 //! Depthwise convolution in token layout: every channel with its own kernel.
 //!
 //! `y[b, i, j, c] = β[c] + Σ_{u,v} w[u, v, c] x[b, i s − p + u d, j s − p + v d, c]`, zero outside the map. Channels run in lanes, so there are
-//! no transposes; input and output may be columns of wider rows. A strip of [`STRIP`] output pixels stays in registers while the
-//! kernel passes over it. Rows are cut in parallel over (image, output row), so one image is parallel too.
+//! no transposes; input and output may be columns of wider rows.
+//!
+//! A task takes some rows with all their channels, as they lie in memory. The input rows that the kernel covers are kept in a ring,
+//! padded with zeros and contiguous per sixteen channels: every row is copied once, all that follows reads nearby memory without
+//! looking at borders. A
+//! strip of output pixels stays in registers while the kernel passes over it. One image is parallel too.
 //!
 //! `dx` of stride 1 is the same convolution of `dy` with the kernel turned by 180°; else every input gathers the outputs it met.
 //! `dw[u, v, c] = Σ dy[b, i, j, c] x[…same place…, c]`, `dβ = Σ dy`: partial sums over fixed groups of rows, added in order.
 
-use rayon::prelude::*;
-
 use super::im2col::Geometry;
 use super::maps::{Map, MapMut, transpose};
 use super::{get, put};
-use crate::linalg::{ColumnsMut, count_flops};
+use crate::linalg::{ColumnsMut, Tiling, count_flops, par_tiles};
 use crate::simd::{Kernel, LANES, Vector, fused_strided};
 use crate::tensor::{Buffer, Float};
 
-/// Output pixels whose sums are in registers at a time.
-const STRIP: usize = 8;
+/// Output rows that are done together: what they read stays in the first-level cache.
+const BAND: usize = 4;
+/// Elements of a ring, at most: more channels than fit are left to other tasks.
+const RING: usize = 3 << 16;
 /// Parts of the sums over rows in the weight gradient.
-const PARTS: usize = 16;
+const PARTS: usize = 32;
+
+/// Rows of a task: a few tasks for one image, whole images where there are many.
+fn task_rows(batch: usize, rows: usize) -> usize {
+    rows.div_ceil((8 / batch.max(1)).max(1)).next_multiple_of(BAND)
+}
 
 /// A geometry as seen from the output that is computed: the padding may be negative.
 #[derive(Clone, Copy)]
@@ -41,9 +50,96 @@ impl View {
         View { padding, ..View::new(g) }
     }
 
+    /// The input row that output row `i` and row `u` of the kernel meet at, if it is inside.
     #[inline(always)]
-    fn input(&self, axis: usize, o: usize, u: usize) -> isize {
-        (o * self.stride[axis] + u * self.dilation[axis]) as isize - self.padding[axis]
+    fn row(&self, i: usize, u: usize, height: usize) -> Option<usize> {
+        let y = (i * self.stride[0] + u * self.dilation[0]) as isize - self.padding[0];
+        (y >= 0 && y < height as isize).then_some(y as usize)
+    }
+
+    /// Columns that `width` outputs look at.
+    fn columns(&self, width: usize) -> usize {
+        (width - 1) * self.stride[1] + (self.kernel[1] - 1) * self.dilation[1] + 1
+    }
+
+    /// Rows that a band looks at.
+    fn slots(&self) -> usize {
+        (BAND - 1) * self.stride[0] + (self.kernel[0] - 1) * self.dilation[0] + 1
+    }
+
+    /// Channels of a task.
+    fn group(&self, width: usize) -> usize {
+        (RING / (self.slots() * self.columns(width)).max(1)).max(4 * LANES).next_multiple_of(LANES)
+    }
+}
+
+/// The rows of one image that the kernel covers, for some channels: `[slot, block of channels, column, lane]`.
+struct Ring<'a, T: Float> {
+    x: Map<'a, T>,
+    view: View,
+    image: usize,
+    /// First channel and number of channels.
+    channels: [usize; 2],
+    slots: usize,
+    columns: usize,
+    rows: Buffer<T>,
+    /// The next row that is not there yet.
+    next: usize,
+}
+
+impl<'a, T: Float> Ring<'a, T> {
+    fn new(x: Map<'a, T>, view: View, width: usize, channels: [usize; 2]) -> Self {
+        let (slots, columns) = (view.slots(), view.columns(width));
+        let rows = Buffer::scratch(slots * channels[1].div_ceil(LANES) * columns * LANES);
+        Ring { x, view, image: 0, channels, slots, columns, rows, next: 0 }
+    }
+
+    fn start(&mut self, image: usize) {
+        (self.image, self.next) = (image, 0);
+    }
+
+    fn blocks(&self) -> usize {
+        self.channels[1].div_ceil(LANES)
+    }
+
+    /// Brings in what output rows `i..i + count` need.
+    #[inline(always)]
+    fn fill<V: Vector<T>>(&mut self, i: usize, count: usize) {
+        let height = self.x.size()[1] as isize;
+        let row = |i: usize, u: usize| (i * self.view.stride[0] + u * self.view.dilation[0]) as isize - self.view.padding[0];
+        let (first, end) = (row(i, 0).max(self.next as isize), (row(i + count - 1, self.view.kernel[0] - 1) + 1).min(height));
+        for y in first..end {
+            self.copy::<V>(y as usize);
+        }
+        self.next = self.next.max(end.max(0) as usize);
+    }
+
+    #[inline(always)]
+    fn copy<V: Vector<T>>(&mut self, y: usize) {
+        let ([_, _, width, _], [first, channels]) = (self.x.size(), self.channels);
+        let len = self.columns * LANES;
+        let slot = y % self.slots * self.blocks() * len;
+        let rows = &mut self.rows[slot..slot + channels.div_ceil(LANES) * len];
+        for t in 0..self.columns {
+            let x = t as isize - self.view.padding[1];
+            let inside = x >= 0 && x < width as isize;
+            for (block, row) in rows.chunks_exact_mut(len).enumerate() {
+                let out = &mut row[t * LANES..(t + 1) * LANES];
+                if inside {
+                    let lanes = LANES.min(channels - block * LANES);
+                    get::<T, V>(self.x.pixel(self.image, y, x as usize, first + block * LANES, lanes), 0, T::ZERO).store(out);
+                } else {
+                    V::splat(T::ZERO).store(out);
+                }
+            }
+        }
+    }
+
+    /// Row `y` of a block of channels.
+    #[inline(always)]
+    fn row(&self, y: usize, block: usize) -> &[T] {
+        let len = self.columns * LANES;
+        &self.rows[(y % self.slots * self.blocks() + block) * len..][..len]
     }
 }
 
@@ -55,7 +151,7 @@ struct Forward<'a, T> {
     bias: Option<&'a [T]>,
     view: View,
     image: usize,
-    /// First row of the tile and rows have this many pixels.
+    /// First row of the tile; rows have this many pixels.
     row: usize,
     width: usize,
     channel: usize,
@@ -65,62 +161,60 @@ impl<T: Float> Kernel<T> for Forward<'_, T> {
     type Output = ();
     #[inline(always)]
     fn run<V: Vector<T>>(mut self) {
-        let channels = self.out.width();
+        let (channels, all) = (self.out.width(), self.x.size()[3]);
         let rows = self.out.rows() / self.width;
-        for i in 0..rows {
-            let mut c = 0;
-            while c < channels {
-                for j in (0..self.width).step_by(STRIP) {
-                    self.strip::<V>(i, j, c);
+        let mut ring = Ring::new(self.x, self.view, self.width, [self.channel, channels]);
+        ring.start(self.image);
+        // The weights as the strips read them: [block, tap, lane].
+        let taps = self.view.kernel[0] * self.view.kernel[1];
+        let mut weights = Buffer::scratch(ring.blocks() * taps * LANES);
+        for (k, out) in weights.chunks_exact_mut(LANES).enumerate() {
+            let (block, tap) = (k / taps, k % taps);
+            let lanes = LANES.min(channels - block * LANES);
+            get::<T, V>(&self.weight[tap * all + self.channel + block * LANES..][..lanes], 0, T::ZERO).store(out);
+        }
+        for first in (0..rows).step_by(BAND) {
+            let band = BAND.min(rows - first);
+            ring.fill::<V>(self.row + first, band);
+            for (block, i) in (0..ring.blocks()).flat_map(|block| (first..first + band).map(move |i| (block, i))) {
+                let weights = &weights[block * taps * LANES..(block + 1) * taps * LANES];
+                let mut j = 0;
+                // As many sums as there are registers for: their number changes nothing else.
+                while j < self.width {
+                    j += match self.width - j {
+                        14.. if V::TILE.rows > 12 => self.strip::<V, 14>(&ring, weights, i, j, block),
+                        6.. => self.strip::<V, 6>(&ring, weights, i, j, block),
+                        4.. => self.strip::<V, 4>(&ring, weights, i, j, block),
+                        2.. => self.strip::<V, 2>(&ring, weights, i, j, block),
+                        _ => self.strip::<V, 1>(&ring, weights, i, j, block),
+                    };
                 }
-                c += LANES;
             }
         }
     }
 }
 
 impl<T: Float> Forward<'_, T> {
+    /// `P` pixels of one row and block of channels.
     #[inline(always)]
-    fn strip<V: Vector<T>>(&mut self, i: usize, j: usize, c: usize) {
-        let [_, height, width, all] = self.x.size();
-        let ([kh, kw], view) = (self.view.kernel, self.view);
-        let (at, lanes) = (self.channel + c, LANES.min(self.out.width() - c));
-        let pixels = STRIP.min(self.width - j);
-        let start = match self.bias {
-            Some(bias) => get::<T, V>(&bias[..at + lanes], at, T::ZERO),
-            None => V::splat(T::ZERO),
-        };
-        let mut acc = [start; STRIP];
-        let step = self.x.stride() * view.stride[1];
-        for u in 0..kh {
-            let y = view.input(0, self.row + i, u);
-            if y < 0 || y >= height as isize {
-                continue;
-            }
-            let line = self.x.row(self.image, y as usize, at);
-            for v in 0..kw {
-                let w = get::<T, V>(&self.weight[..(u * kw + v) * all + at + lanes], (u * kw + v) * all + at, T::ZERO);
-                let from = view.input(1, j, v);
-                let last = from + ((pixels - 1) * view.stride[1]) as isize;
-                if from >= 0 && last < width as isize && pixels == STRIP && lanes == LANES {
-                    fused_strided(&mut acc, &line[from as usize * self.x.stride()..], step, w);
-                } else {
-                    for (p, acc) in acc.iter_mut().enumerate() {
-                        let x = from + (p * view.stride[1]) as isize;
-                        if x >= 0 && x < width as isize && p < pixels {
-                            let x = &line[x as usize * self.x.stride()..];
-                            let x = if lanes == LANES { V::load(x) } else { V::load_partial(&x[..lanes], T::ZERO) };
-                            *acc = x.mul_add(w, *acc);
-                        }
-                    }
-                }
+    fn strip<V: Vector<T>, const P: usize>(&mut self, ring: &Ring<T>, weights: &[T], i: usize, j: usize, block: usize) -> usize {
+        let (view, [kh, kw]) = (self.view, self.view.kernel);
+        let from = self.channel + block * LANES;
+        let lanes = LANES.min(self.out.width() - block * LANES);
+        let start = self.bias.map_or(V::splat(T::ZERO), |bias| get::<T, V>(&bias[from..from + lanes], 0, T::ZERO));
+        let mut acc = [start; P];
+        let (step, next) = (view.stride[1] * LANES, view.dilation[1] * LANES);
+        for (u, weights) in weights.chunks_exact(kw * LANES).enumerate().take(kh) {
+            let Some(y) = view.row(self.row + i, u, ring.x.size()[1]) else { continue };
+            let row = &ring.row(y, block)[j * step..];
+            for (v, w) in weights.chunks_exact(LANES).enumerate() {
+                fused_strided(&mut acc, &row[v * next..], step, V::load(w));
             }
         }
         for (p, acc) in acc.into_iter().enumerate() {
-            if p < pixels {
-                put(acc, self.out.row(i * self.width + j + p), c);
-            }
+            put(acc, self.out.row(i * self.width + j + p), block * LANES);
         }
+        P
     }
 }
 
@@ -139,10 +233,11 @@ fn by_tap<T: Float>(weight: &[T], taps: usize, turned: bool) -> Buffer<T> {
 }
 
 fn correlate<T: Float>(y: MapMut<T>, x: Map<T>, weight: &[T], bias: Option<&[T]>, view: View) {
-    let [_, _, width, channels] = y.size();
-    // Enough for the weights to pay off, few enough for many tasks.
-    let rows = (8192 / (width * channels).max(1)).max(1);
-    y.par_tiles(rows, channels, |image, row, channel, out| {
+    let [batch, height, width, _] = y.size();
+    if y.size().contains(&0) {
+        return;
+    }
+    y.par_tiles(task_rows(batch, height), view.group(width), |image, row, channel, out| {
         T::dispatch(Forward { out, x, weight, bias, view, image, row, width, channel });
     });
 }
@@ -213,31 +308,41 @@ pub fn backward_input<T: Float>(dx: MapMut<T>, dy: Map<T>, weight: &[T], geometr
 }
 
 struct WeightGradient<'a, T> {
-    /// `[taps, channels]`.
-    dw: &'a mut [T],
-    db: &'a mut [T],
+    /// `[taps + 1, channels of the task]`: dw, then dβ.
+    out: ColumnsMut<'a, T>,
     x: Map<'a, T>,
     dy: Map<'a, T>,
     geometry: Geometry,
-    /// Output rows, counted through all images.
-    lines: std::ops::Range<usize>,
+    channel: usize,
+    /// Stretches of `rows` output rows, counted through all images.
+    units: std::ops::Range<usize>,
+    rows: usize,
 }
 
 impl<T: Float> Kernel<T> for WeightGradient<'_, T> {
     type Output = ();
     #[inline(always)]
     fn run<V: Vector<T>>(mut self) {
-        let channels = self.db.len();
-        for c in (0..channels).step_by(LANES) {
-            self.bias::<V>(c);
-            for u in (0..self.geometry.kernel[0]).step_by(if self.geometry.kernel[1] <= 3 { 3 } else { 1 }) {
-                match self.geometry.kernel[1] {
-                    1 => self.taps::<V, 3, 1>(c, u, 0),
-                    2 => self.taps::<V, 3, 2>(c, u, 0),
-                    3 => self.taps::<V, 3, 3>(c, u, 0),
-                    5 => self.taps::<V, 1, 5>(c, u, 0),
-                    7 => self.taps::<V, 1, 7>(c, u, 0),
-                    kw => (0..kw).step_by(4).for_each(|v| self.taps::<V, 1, 4>(c, u, v)),
+        let ([_, oh, ow, _], channels, view) = (self.dy.size(), self.out.width(), View::new(self.geometry));
+        let of_image = oh.div_ceil(self.rows);
+        let mut ring = Ring::new(self.x, view, ow, [self.channel, channels]);
+        // Rows of dy one by one, without padding.
+        let plain = View { kernel: [1; 2], stride: [1; 2], padding: [0; 2], dilation: [1; 2] };
+        let mut gradient = Ring::new(self.dy, plain, ow, [self.channel, channels]);
+        for r in 0..self.out.rows() {
+            self.out.row(r).fill(T::ZERO);
+        }
+        for unit in self.units.clone() {
+            let (image, first) = (unit / of_image, unit % of_image * self.rows);
+            ring.start(image);
+            gradient.start(image);
+            let last = (first + self.rows).min(oh);
+            for first in (first..last).step_by(BAND) {
+                let band = BAND.min(last - first);
+                ring.fill::<V>(first, band);
+                gradient.fill::<V>(first, band);
+                for (block, i) in (0..ring.blocks()).flat_map(|block| (first..first + band).map(move |i| (block, i))) {
+                    self.row::<V>(&ring, gradient.row(i, block), i, block);
                 }
             }
         }
@@ -245,73 +350,72 @@ impl<T: Float> Kernel<T> for WeightGradient<'_, T> {
 }
 
 impl<T: Float> WeightGradient<'_, T> {
+    /// Adds what one row of `dy` gives.
     #[inline(always)]
-    fn bias<V: Vector<T>>(&mut self, c: usize) {
-        let [_, oh, ow, channels] = self.dy.size();
-        let mut acc = V::splat(T::ZERO);
-        for line in self.lines.clone() {
-            for j in 0..ow {
-                acc = acc + get::<T, V>(self.dy.pixel(line / oh, line % oh, j, c, LANES.min(channels - c)), 0, T::ZERO);
+    fn row<V: Vector<T>>(&mut self, ring: &Ring<T>, dy: &[T], i: usize, block: usize) {
+        let [kh, kw] = self.geometry.kernel;
+        let mut sum = V::splat(T::ZERO);
+        for g in dy.chunks_exact(LANES) {
+            sum = sum + V::load(g);
+        }
+        self.add(sum, kh * kw, block);
+        for u in 0..kh {
+            let Some(y) = ring.view.row(i, u, ring.x.size()[1]) else { continue };
+            let row = ring.row(y, block);
+            let mut v = 0;
+            // As many taps as there are registers for: their number changes nothing else.
+            while v < kw {
+                v += match kw - v {
+                    7.. if V::TILE.rows > 12 => self.taps::<V, 7>(ring, row, dy, u, v, block),
+                    5.. if V::TILE.rows > 12 => self.taps::<V, 5>(ring, row, dy, u, v, block),
+                    5 => self.taps::<V, 5>(ring, row, dy, u, v, block),
+                    4.. => self.taps::<V, 4>(ring, row, dy, u, v, block),
+                    3 => self.taps::<V, 3>(ring, row, dy, u, v, block),
+                    2 => self.taps::<V, 2>(ring, row, dy, u, v, block),
+                    _ => self.taps::<V, 1>(ring, row, dy, u, v, block),
+                };
             }
         }
-        put(acc, self.db, c);
     }
 
-    /// The gradients of the taps in rows `u..u + R` and columns `v..v + K` of the kernel.
     #[inline(always)]
-    fn taps<V: Vector<T>, const R: usize, const K: usize>(&mut self, c: usize, u: usize, v: usize) {
-        let ([_, height, width, _], [_, oh, ow, channels]) = (self.x.size(), self.dy.size());
-        let (geometry, [kh, kw]) = (self.geometry, self.geometry.kernel);
-        let (lanes, step) = (LANES.min(channels - c), self.x.stride() * geometry.dilation[1]);
-        let mut acc = [[V::splat(T::ZERO); K]; R];
-        for line in self.lines.clone() {
-            let (b, i) = (line / oh, line % oh);
-            for j in 0..ow {
-                let g = get::<T, V>(self.dy.pixel(b, i, j, c, lanes), 0, T::ZERO);
-                let first = geometry.input(1, j, v, width);
-                let inside = first.is_some_and(|first| first + (K - 1) * geometry.dilation[1] < width) && v + K <= kw && lanes == LANES;
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let Some(y) = geometry.input(0, i, u + r, height).filter(|_| u + r < kh) else { continue };
-                    let line = self.x.row(b, y, c);
-                    if let (true, Some(first)) = (inside, first) {
-                        fused_strided(acc, &line[first * self.x.stride()..], step, g);
-                    } else {
-                        for (k, acc) in acc.iter_mut().enumerate() {
-                            if let Some(x) = geometry.input(1, j, v + k, width).filter(|_| v + k < kw) {
-                                let x = &line[x * self.x.stride()..][..lanes];
-                                *acc = get::<T, V>(x, 0, T::ZERO).mul_add(g, *acc);
-                            }
-                        }
-                    }
-                }
-            }
+    fn add<V: Vector<T>>(&mut self, sum: V, tap: usize, block: usize) {
+        let out = self.out.row(tap);
+        put(get::<T, V>(out, block * LANES, T::ZERO) + sum, out, block * LANES);
+    }
+
+    /// Taps `v..v + K` of row `u` of the kernel, for one row of `dy`.
+    #[inline(always)]
+    fn taps<V: Vector<T>, const K: usize>(&mut self, ring: &Ring<T>, row: &[T], dy: &[T], u: usize, v: usize, block: usize) -> usize {
+        let (step, next) = (ring.view.stride[1] * LANES, ring.view.dilation[1] * LANES);
+        let mut acc = [V::splat(T::ZERO); K];
+        for (j, g) in dy.chunks_exact(LANES).enumerate() {
+            fused_strided(&mut acc, &row[j * step + v * next..], next, V::load(g));
         }
-        for (r, acc) in acc.into_iter().enumerate() {
-            for (k, acc) in acc.into_iter().enumerate() {
-                if u + r < kh && v + k < kw {
-                    let tap = ((u + r) * kw + v + k) * channels;
-                    put(acc, &mut self.dw[tap..tap + channels], c);
-                }
-            }
+        for (k, acc) in acc.into_iter().enumerate() {
+            self.add(acc, u * self.geometry.kernel[1] + v + k, block);
         }
+        K
     }
 }
 
 /// Adds to `dw` `[channels, kh, kw]` and `db` `[channels]`.
 pub fn backward_params<T: Float>(dw: &mut [T], db: Option<&mut [T]>, x: Map<T>, dy: Map<T>, geometry: Geometry) {
     check(dy.size(), x.size(), dw, geometry);
-    let ([batch, oh, _, channels], taps) = (dy.size(), geometry.taps());
+    let ([batch, oh, ow, channels], taps) = (dy.size(), geometry.taps());
     count_flops(2 * dy.size().iter().product::<usize>() * taps);
-    let lines = batch * oh;
     if dy.size().contains(&0) {
         return;
     }
-    let (each, len) = (lines.div_ceil(PARTS), (taps + 1) * channels);
-    let mut partial = Buffer::<T>::scratch(lines.div_ceil(each) * len);
-    partial.par_chunks_mut(len).enumerate().for_each(|(part, out)| {
-        let (dw, db) = out.split_at_mut(taps * channels);
-        let lines = part * each..((part + 1) * each).min(lines);
-        T::dispatch(WeightGradient { dw, db, x, dy, geometry, lines });
+    let rows = task_rows(batch, oh);
+    let (units, len) = (batch * oh.div_ceil(rows), (taps + 1) * channels);
+    let each = units.div_ceil(PARTS);
+    let parts = units.div_ceil(each);
+    let mut partial = Buffer::<T>::scratch(parts * len);
+    let tiling = Tiling { batches: parts, skip: 0, rows: taps + 1, cols: View::new(geometry).group(ow) };
+    par_tiles(ColumnsMut::new(&mut partial, channels), tiling, |part, _, channel, out| {
+        let units = part * each..((part + 1) * each).min(units);
+        T::dispatch(WeightGradient { out, x, dy, geometry, channel, units, rows });
     });
     let (sum, parts) = partial.split_at_mut(len);
     for part in parts.chunks_exact(len) {
