@@ -62,6 +62,8 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::model::green_swin::Block>(),
     Op::of::<crate::model::green_swin::Merging>(),
     Op::of::<crate::model::green_swin::Model>(),
+    Op::of::<crate::model::cait::ModelCait>(),
+    Op::of::<crate::model::beit::ModelBeit>(),
     Op::of::<crate::model::vit::ModelVit>(),
     Op::of::<crate::model::dilateformer::ModelDilateFormer>(),
     Op::of::<crate::model::coc::ModelCoc>(),

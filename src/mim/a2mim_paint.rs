@@ -108,6 +108,9 @@ impl MaskToken {
     /// Registers `mask_token` and `mask_gamma` for features of `width` channels from the keys of `nn.a2mim_mask_token`; the parameters of
     /// a `map` have shape `[1, C, 1, 1]`, those of tokens `[1, 1, C]` and `[C]`.
     pub fn new(names: &mut Names, config: &Config, width: usize, map: bool) -> Result<Self> {
+        if width == 0 {
+            return Err(Error::value("features", "expected at least one channel, found none"));
+        }
         let mode = match config.get("mask_mode") {
             Some(_) => Some(config.choice("mask_mode", &MODES)?),
             // Here `null` is a value of its own.

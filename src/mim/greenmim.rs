@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use super::mask::{RandomMask, mask_tensor, mix_token, mix_token_backward, random_mask};
+use super::mask::{RandomMask, mask_tensor, random_mask};
 use super::pixels::{MaskedPixelLoss, PixelSaved, hidden_pixels};
 use super::{Objective, Reconstruction, StepKey};
 use crate::case::{Config, Draw, Operation, Run};
@@ -21,6 +21,7 @@ use crate::model::green_swin::{Visible, visible};
 use crate::model::swin::{Encoder, EncoderSaved, Settings};
 use crate::model::swin_ops::{mean_tokens, sample_encoder};
 use crate::model::vit_block::{self, Block, BlockSettings};
+use crate::nn::mask_token::{mix_token, mix_token_backward};
 use crate::nn::{Init, LayerNorm, Layout, Linear, Names, Param, Params, Stats, patch_embed, xavier};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};

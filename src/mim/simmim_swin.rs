@@ -1,9 +1,9 @@
 //! SimMIM's Swin encoder (arXiv 2111.09886): every token is encoded; the masked ones start as `mask_token`.
 
-use super::mask::{mix_token, mix_token_backward};
 use crate::case::Config;
 use crate::error::Result;
 use crate::model::swin::{Encoder, EncoderSaved, Plan, Settings};
+use crate::nn::mask_token::{mix_token, mix_token_backward};
 use crate::nn::{Init, Names, Param, Params, patch_embed};
 use crate::tensor::{Float, Tensor};
 

@@ -1,6 +1,8 @@
 //! Networks: one file per architecture, composed of the rooms below, parameters named as published.
 
+pub mod beit;
 pub mod beit_block;
+pub mod cait;
 pub mod cait_block;
 pub mod cluster_block;
 pub mod coat;

@@ -420,7 +420,7 @@ impl DistilledVit {
 }
 
 /// Token `i` of every image: `[B, C]`.
-fn token_row<T: Float>(x: &Tensor<T>, i: usize) -> Result<Tensor<T>> {
+pub fn token_row<T: Float>(x: &Tensor<T>, i: usize) -> Result<Tensor<T>> {
     let [b, n, c] = x.dims("tokens")?;
     let mut out = Tensor::scratch([b, c]);
     for (out, x) in out.data_mut().chunks_exact_mut(c).zip(x.data().chunks_exact(n * c)) {

@@ -23,6 +23,7 @@ mod linear;
 pub mod logit_laplace;
 pub mod lpi;
 pub mod maps;
+pub mod mask_token;
 pub mod mlp;
 mod norm;
 mod param;

@@ -79,7 +79,9 @@ fn without_positions_it_is_softmax_attention() {
                 tensors.insert(name.into(), value(&dims, &vec![0.0; dims.iter().product()]));
             }
         };
-        ["param.relative_position_bias_table", "param.q_bias", "param.v_bias"].map(|name| zero(&mut tensors, name));
+        for name in ["param.relative_position_bias_table", "param.q_bias", "param.v_bias"] {
+            zero(&mut tensors, name);
+        }
         let beit = answer(OP, &q.config, &tensors);
         let mut config = q.config.clone();
         config.set("qkv_bias", false).set("proj_bias", true).set("qk_norm", false);
