@@ -359,7 +359,7 @@ impl<T: Float> Kernel<T> for Backward<'_, T> {
                 // ŝ̄_n = g_a·ō_n + (v_n − g_a)·r_a
                 let mut ds = product::<T, V>(band.part(band.v, n), r);
                 if !sizes.count {
-                    ds = ds - product::<T, V>(g, r);
+                    ds -= product::<T, V>(g, r);
                 }
                 if let Upstream::Points(d) = upstream {
                     ds += product::<T, V>(g, band.part(d, n));
@@ -400,6 +400,7 @@ impl<T: Float> Kernel<T> for Backward<'_, T> {
 }
 
 /// Backward: writes `df` and `dv` `[points, heads · d]`; returns `ᾱ` and `β̄`.
+#[allow(clippy::too_many_arguments)]
 pub fn backward<T: Float>(
     df: &mut [T],
     dv: &mut [T],
