@@ -60,7 +60,7 @@ pub struct WindowAttention {
 }
 
 /// `windows` groups of `n` tokens.
-fn window_groups(windows: usize, n: usize) -> Groups {
+pub fn window_groups(windows: usize, n: usize) -> Groups {
     let side = Side {
         offsets: (0..=windows).map(|w| (w * n) as u32).collect(),
         tokens: (0..windows * n).map(|t| t as u32).collect(),

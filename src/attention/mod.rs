@@ -12,6 +12,8 @@ pub mod gaussian_mask_swin;
 pub mod pb_relax;
 pub mod performer;
 pub mod retention;
+pub mod single_path;
+pub mod single_path_ops;
 pub mod softmax;
 pub mod spatial_reduction;
 pub mod swda;

@@ -137,6 +137,12 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::lm::generate::CogViewGenerate>(),
     Op::of::<crate::lm::generate::CaptionScore>(),
     Op::of::<crate::mim::um_mae::UmMaeOp>(),
+    Op::of::<crate::nn::spvit_gate::SpvitGate>(),
+    Op::of::<crate::nn::spvit_gate::SpvitFlopsLoss>(),
+    Op::of::<crate::nn::spvit_fold::SpvitFold>(),
+    Op::of::<crate::nn::spvit_mlp::SpvitMlpOp>(),
+    Op::of::<crate::attention::single_path_ops::SinglePathDeit>(),
+    Op::of::<crate::attention::single_path_ops::SinglePathWindow>(),
 ];
 
 /// All operations, in order of the sheets.

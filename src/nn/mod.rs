@@ -34,6 +34,9 @@ pub mod pool;
 pub mod positions;
 pub mod resize;
 pub mod soft_split;
+pub mod spvit_fold;
+pub mod spvit_gate;
+pub mod spvit_mlp;
 
 pub use batch_norm::BatchNorm2d;
 pub use cells::{CellConv, Cells};

@@ -140,3 +140,39 @@ fn a_free_mask_of_ones_is_plain_attention() {
         assert_close(at, &ones, &with(q, |config, _| _ = config.set("mask", "none")));
     });
 }
+
+/// Window by window.
+fn swin_oracle(q: &Question) -> Vec<(&'static str, Vec<f64>)> {
+    let (c, h, w) = (q.usize("dim"), q.usize("num_heads"), q.usize("window_size"));
+    let (n, d, span) = (w * w, c / h, 2 * w - 1);
+    let bias = q.get("param.relative_position_bias_table");
+    let mut y = Vec::new();
+    for (b, window) in q.get("input.x").chunks_exact(n * c).enumerate() {
+        let qkv: Vec<Vec<f64>> = window.chunks_exact(c).map(|token| q.linear("qkv", token)).collect();
+        let part = |token: usize, part: usize, head: usize| &qkv[token][part * c + head * d..part * c + (head + 1) * d];
+        for i in 0..n {
+            let mut out = vec![0.0; c];
+            for head in 0..h {
+                let logit = |j: usize| {
+                    let row = (i / w + w - 1 - j / w) * span + i % w + w - 1 - j % w;
+                    let shift = match q.usize("num_windows") {
+                        0 => 0.0,
+                        count => q.get("buffer.attn_mask")[(b % count * n + i) * n + j],
+                    };
+                    let g = factor(q, "mask.", [w, w], h, head, i, j);
+                    g * dot(part(i, 0, head), part(j, 1, head)) / (d as f64).sqrt() + bias[row * h + head] + shift
+                };
+                for (j, p) in softmax(&(0..n).map(logit).collect::<Vec<_>>()).into_iter().enumerate() {
+                    out[head * d..(head + 1) * d].iter_mut().zip(part(j, 2, head)).for_each(|(o, v)| *o += p * v);
+                }
+            }
+            y.extend(q.linear("proj", &out));
+        }
+    }
+    vec![("y", y)]
+}
+
+#[test]
+fn windows_agree_with_plain_loops() {
+    against_oracle("attention.gaussian_mask_swin", swin_oracle);
+}
