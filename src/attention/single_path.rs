@@ -12,7 +12,7 @@ use super::window::RelativeBias;
 use crate::case::Cost;
 use crate::error::{Error, Result};
 use crate::kernel::attention::{self as core, Groups, Mask, Operand, Sizes, TermGradients, Terms};
-use crate::kernel::{elementwise, maps, reduce};
+use crate::kernel::{elementwise, reduce};
 use crate::linalg::ColumnsMut;
 use crate::nn::batch_norm::{self, BatchNorm2d, Updates};
 use crate::nn::spvit_fold::{Bottleneck, Fold, Folded, KernelLayout};
@@ -228,14 +228,14 @@ impl ConvBranch {
         let active = self.norm.again(p, &middle, &norm, true);
         let Weights::Folded(fold) = &self.weights else {
             let mut d = bottleneck.out.backward(p, g, &active, dy)?;
-            maps::relu_backward(d.data_mut(), active.data());
+            elementwise::relu_backward(d.data_mut(), active.data(), T::ONE);
             let d = self.norm.backward(p, g, &middle, &norm, &d)?;
             return bottleneck.conv.backward(p, g, t, &d);
         };
         let folded = folded.ok_or_else(|| Error::missing("folded weights"))?.params;
         let mut d_folded = fold.zero_grads();
         let mut d = bottleneck.out.backward(&folded, &mut d_folded, &active, dy)?;
-        maps::relu_backward(d.data_mut(), active.data());
+        elementwise::relu_backward(d.data_mut(), active.data(), T::ONE);
         let d = self.norm.backward(p, g, &middle, &norm, &d)?;
         let dt = bottleneck.conv.backward(&folded, &mut d_folded, t, &d)?;
         fold.backward(p, g, &d_folded);

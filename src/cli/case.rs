@@ -130,32 +130,38 @@ impl Audit {
         let mut audits = Vec::new();
         for (op, cases) in &by_operation {
             bar.set_message(op.clone());
-            audits.push(case::audit(op, cases)?);
+            let audit = case::audit(op, cases)?;
+            if !self.json {
+                bar.suspend(|| self.show(&audit, out))?;
+            }
+            audits.push(audit);
             bar.inc(1);
         }
         bar.finish_and_clear();
         if self.json {
             say(out, serde_json::Value::Array(audits.iter().map(case::Audit::to_json).collect()))?;
         } else {
-            for audit in &audits {
-                let (caught, all) = audit.caught();
-                let failed = if audit.failed > 0 { format!("; {} cases are failed by karat itself", audit.failed) } else { String::new() };
-                say(out, format!("{:<34} {caught} of {all} mistakes caught by {} cases{failed}", audit.op, audit.cases))?;
-                for (mistake, outcome) in audit.mistakes.iter().filter(|(_, o)| self.all || **o == case::Outcome::Slips) {
-                    let word = match outcome {
-                        case::Outcome::Caught => "caught",
-                        case::Outcome::Slips => "SLIPS",
-                        case::Outcome::Harmless => "harmless",
-                    };
-                    say(out, format!("    {word:<9}{mistake}"))?;
-                }
-            }
             let slips: usize = audits.iter().map(|audit| audit.slips().count()).sum();
             let caught: usize = audits.iter().map(|audit| audit.caught().0).sum();
             say(out, format!("{caught} mistakes caught, {slips} would slip through"))?;
         }
         let good = audits.iter().all(|audit| audit.slips().next().is_none() && audit.failed == 0);
         Ok(if good { Outcome::Good } else { Outcome::CheckFailed })
+    }
+
+    fn show(&self, audit: &case::Audit, out: &mut dyn Write) -> Result<()> {
+        let (caught, all) = audit.caught();
+        let failed = if audit.failed > 0 { format!("; {} cases are failed by karat itself", audit.failed) } else { String::new() };
+        say(out, format!("{:<34} {caught} of {all} mistakes caught by {} cases{failed}", audit.op, audit.cases))?;
+        for (mistake, outcome) in audit.mistakes.iter().filter(|(_, o)| self.all || **o == case::Outcome::Slips) {
+            let word = match outcome {
+                case::Outcome::Caught => "caught",
+                case::Outcome::Slips => "SLIPS",
+                case::Outcome::Harmless => "harmless",
+            };
+            say(out, format!("    {word:<9}{mistake}"))?;
+        }
+        Ok(())
     }
 }
 
