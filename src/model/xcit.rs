@@ -84,7 +84,10 @@ impl Xcit {
         for block in &self.blocks {
             cost = cost + block.cost([b, map[0], map[1]], training)?;
         }
-        // Without blocks nobody keeps the tokens; without a head the class vector is the output.
+        // Without blocks nobody keeps the stem's tokens; without a head the class vector is the output.
+        if self.blocks.is_empty() {
+            cost.activation_bytes -= 4 * b * map[0] * map[1] * self.stage.dim();
+        }
         if let Some(head) = &self.head {
             let flops = 2 * b * head.weight().numel();
             cost = cost + Cost { flops, activation_bytes: 4 * b * head.outputs() };
@@ -157,7 +160,8 @@ impl Operation for ModelXcit {
 
     fn inputs(config: &Config, draw: &mut Draw) -> Result<()> {
         let (batch, patch) = (draw.size("batch", 2, 3), config.positive("patch_size")?);
-        let shape = [batch, config.positive("in_chans")?, draw.rng.between(patch + 1, 3 * patch), draw.rng.between(patch + 1, 2 * patch)];
+        let shape =
+            [batch, config.positive("in_chans")?, draw.rng.between(patch + 1, 2 * patch + 2), draw.rng.between(patch + 1, patch + 3)];
         draw.normal("x", shape);
         Ok(())
     }
@@ -178,13 +182,14 @@ impl Operation for ModelXcit {
         let p = run.params(&layout)?;
         let (logits, mut saved) = model.forward(&p, &x, training)?;
         run.output("logits", &logits);
-        run.after_buffers(&layout, saved.take_updates());
+        let updates = saved.take_updates();
         if run.backward() {
             let mut g = run.zero_grads(&p);
             let dx = model.backward(&p, &mut g, saved, &run.cotangent("logits", logits.shape())?)?;
             run.grad_input("x", &dx);
             run.grad_params(&g);
         }
+        run.after_buffers(&layout, updates);
         Ok(())
     }
 }

@@ -205,6 +205,11 @@ impl ClassStage {
         Ok(ClassStage { token, blocks, norm: LayerNorm::new(names.at("norm"), dim, settings.ln_eps), settings })
     }
 
+    /// The width C.
+    pub fn dim(&self) -> usize {
+        self.settings.attention.dim
+    }
+
     /// What the stage costs for `b` images of `n` patches.
     pub fn cost(&self, b: usize, n: usize) -> Result<Cost> {
         let (c, depth) = (self.settings.attention.dim, self.blocks.len());

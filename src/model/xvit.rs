@@ -139,7 +139,7 @@ impl Operation for ModelXvit {
         xnorm::sample_settings(rng, &mut config);
         sample_sizes(rng, &mut config);
         let patch = config.usize("patch_size").unwrap_or(16);
-        config.set("img_height", rng.between(patch + 1, 3 * patch)).set("img_width", rng.between(patch + 1, 2 * patch));
+        config.set("img_height", rng.between(patch + 1, 2 * patch + 2)).set("img_width", rng.between(patch + 1, patch + 3));
         config.set("embed_dim", rng.between(8, 12)).set("lpi", rng.pick(&["xcit", "conv_bn_gelu"])).set("layer_scale", rng.chance(0.5));
         config
     }
@@ -157,13 +157,14 @@ impl Operation for ModelXvit {
         let p = run.params(&layout)?;
         let (logits, mut saved) = model.forward(&p, &x, training)?;
         run.output("logits", &logits);
-        run.after_buffers(&layout, saved.take_updates());
+        let updates = saved.take_updates();
         if run.backward() {
             let mut g = run.zero_grads(&p);
             let dx = model.backward(&p, &mut g, saved, &run.cotangent("logits", logits.shape())?)?;
             run.grad_input("x", &dx);
             run.grad_params(&g);
         }
+        run.after_buffers(&layout, updates);
         Ok(())
     }
 }

@@ -182,7 +182,7 @@ impl Operation for ConvPatchEmbed {
     fn inputs(config: &Config, draw: &mut Draw) -> Result<()> {
         // In training a channel needs more than two values: those always normalise to ±1.
         let (batch, patch) = (draw.size("batch", 2, 3), config.positive("patch_size")?);
-        let (low, high) = if config.bool("training")? { (patch + 1, 2 * patch + 3) } else { (1, patch + 5) };
+        let (low, high) = if config.bool("training")? { (patch + 1, 2 * patch + 1) } else { (1, patch + 5) };
         let shape = [batch, config.positive("in_chans")?, draw.rng.between(low, high), draw.rng.between(low, high)];
         draw.normal("x", shape);
         Ok(())

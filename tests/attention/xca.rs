@@ -96,3 +96,44 @@ fn dead_channels_mix_evenly() {
         assert_close(&format!("{at}, {h} heads"), &dead, &cold);
     });
 }
+
+/// Cosines do not see how often all tokens are repeated; enough of them take the way through their covariance.
+#[test]
+fn repeated_tokens_get_the_same_output() {
+    for_seeds(OP, |q, at| {
+        let (dims, c) = (q.dims("input.x"), q.usize("dim"));
+        let times = 64usize.div_ceil(dims[1]).max(2);
+        let repeat = |x: &[f64]| -> Vec<f64> { x.chunks_exact(dims[1] * c).flat_map(|image| image.repeat(times)).collect() };
+        let mut tensors = q.case.question();
+        tensors.insert("input.x".into(), value(&[dims[0], times * dims[1], c], &repeat(q.get("input.x"))));
+        let Value::Float(y) = &answer(OP, &q.config, &tensors)["output.y"] else { panic!("y holds integers") };
+        assert_close(at, y.data(), &repeat(q.get("output.y")));
+    });
+}
+
+/// A large mean, and queries across the direction in which the tokens vary most: their norms would be lost in the covariance.
+#[test]
+fn cancelling_channels() {
+    for_seeds(OP, |q, at| {
+        let (dims, c) = (q.dims("input.x"), q.usize("dim"));
+        if c < 2 || dims[1] < 64 {
+            return;
+        }
+        let (mut x, mut w) = (q.get("input.x").to_vec(), q.get("param.qkv.weight").to_vec());
+        for token in x.chunks_exact_mut(c) {
+            let along = 1e4 * token[0];
+            token.iter_mut().for_each(|x| *x += along + 300.0);
+        }
+        for row in w[..c * c].chunks_exact_mut(c) {
+            let mean = row.iter().sum::<f64>() / c as f64;
+            row.iter_mut().for_each(|w| *w -= mean);
+        }
+        let mut case = q.case.clone();
+        case.tensors.insert("input.x".into(), value(&dims, &x));
+        case.tensors.insert("param.qkv.weight".into(), value(&[3 * c, c], &w));
+        let Value::Float(y) = &answer(OP, &q.config, &case.question())["output.y"] else { panic!("y holds integers") };
+        let (_, expected) = oracle(&Question { config: q.config.clone(), case }).remove(0);
+        let size = expected.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+        assert!(y.data().iter().zip(&expected).all(|(a, b)| (a - b).abs() <= 1e-8 * size), "{at}");
+    });
+}
