@@ -2,6 +2,7 @@
 
 use karat::grouping::Windows;
 use karat::kernel::attention::{self, Bias, Gradients, Groups, Operand, Side, Sizes};
+use karat::kernel::gram::{self, Maps, Tokens};
 use karat::kernel::optim::AdamW;
 use karat::kernel::{elementwise, norm, reduce};
 use karat::linalg::{Activation, ColumnsMut, Epilogue, Mat, MatMut, gemm};
@@ -99,6 +100,25 @@ fn attentions(prints: &mut Prints) {
     attend(prints, "of 600 tokens", (1, 2, 24, 600), &Groups::all(600, 600), Some(600));
 }
 
+/// The parts of linear attention, over several segments of tokens.
+fn linear_attention(prints: &mut Prints) {
+    let (batch, tokens, heads, width) = (2, 700, 3, 20);
+    let stride = 2 * heads * width;
+    let (x, scales) = (normals(1, batch * tokens * stride), normals(2, batch * tokens * heads));
+    let [a, b] = [0, 1].map(|part| Operand { data: &x[..], stride, offset: part * heads * width });
+    let (mut sums, mut squares) = (vec![0.0; batch * heads * width * width], vec![0.0; batch * stride]);
+    let sizes = Tokens { batch, tokens, heads };
+    gram::products(&mut sums, Some(&mut squares), a, b, Some(&scales), [width; 2], sizes);
+    prints.add("outer products of tokens", &[&sums[..], &squares].concat());
+    let maps = Maps::new(&sums, heads, [width; 2], true);
+    let mut y = normals(3, batch * tokens * stride);
+    gram::par_rows(&mut y, stride, tokens, |image, first, rows| maps.apply(image, a, first, rows, stride, width, true));
+    prints.add("a matrix per head", &y);
+    let (mut covariance, mut mean) = (vec![0.0; stride * stride], vec![0.0; stride]);
+    gram::covariance(&mut covariance, &mut mean, &x);
+    prints.add("covariance", &[covariance, mean].concat());
+}
+
 fn reductions(prints: &mut Prints) {
     let x = normals(1, 1000 * 37);
     let mut sums = normals(2, 37);
@@ -136,6 +156,7 @@ fn prints() -> Vec<(String, u64)> {
     products(&mut prints);
     norms(&mut prints);
     attentions(&mut prints);
+    linear_attention(&mut prints);
     reductions(&mut prints);
     elements(&mut prints);
     prints.0
