@@ -82,6 +82,7 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::mim::a2mim_loss::A2mimLossOp>(),
     Op::of::<crate::mim::interaction::InteractionMasks>(),
     Op::of::<crate::mim::interaction::Interaction>(),
+    Op::of::<crate::mim::a2mim::MimA2mim>(),
     Op::of::<crate::mim::beit::MimBeit>(),
     Op::of::<crate::mim::mae::MimMae>(),
     Op::of::<crate::mim::simmim::MimSimMim>(),

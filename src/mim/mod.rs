@@ -1,5 +1,6 @@
 //! Masked image modeling: masks, targets, one file per objective.
 
+pub mod a2mim;
 pub mod a2mim_loss;
 pub mod a2mim_paint;
 pub mod beit;
