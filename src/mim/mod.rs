@@ -1,8 +1,13 @@
 //! Masked image modeling: masks, targets, one file per objective.
 
+pub mod a2mim;
+pub mod a2mim_loss;
 pub mod a2mim_paint;
+pub mod beit;
 pub mod blockwise;
+pub mod frequency;
 pub mod greenmim;
+pub mod interaction;
 pub mod mae;
 pub mod mask;
 pub mod methods;

@@ -46,6 +46,8 @@ pub struct TrunkSettings {
 pub struct Trunk {
     stem: ConvNorm,
     blocks: Vec<Block>,
+    /// The first block of each stage.
+    starts: Vec<usize>,
     outputs: usize,
 }
 
@@ -79,8 +81,9 @@ impl Trunk {
         }
         let conv = ConvSettings { stride: [2; 2], padding: [3; 2], ..ConvSettings::new(*chans, *stem, 7) };
         let stem_layer = ConvNorm::new(names, ["conv1", "bn1"], conv, *norm)?;
-        let (mut blocks, mut inputs) = (Vec::new(), *stem);
+        let (mut blocks, mut starts, mut inputs) = (Vec::new(), Vec::new(), *stem);
         for (stage, &count) in layers.iter().enumerate() {
+            starts.push(blocks.len());
             for j in 0..count {
                 let stride = if j == 0 { strides[stage] } else { 1 };
                 let outputs = widths[stage];
@@ -89,7 +92,7 @@ impl Trunk {
                 inputs = outputs;
             }
         }
-        Ok(Trunk { stem: stem_layer, blocks, outputs: inputs })
+        Ok(Trunk { stem: stem_layer, blocks, starts, outputs: inputs })
     }
 
     /// Channels out.
@@ -115,13 +118,27 @@ impl Trunk {
 
     /// `[B, C, H, W]` → the last map, channels last.
     pub fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>, training: bool) -> Result<(Tensor<T>, Saved<T>)> {
+        self.forward_with(p, image, training, |_, x| Ok(x))
+    }
+
+    /// [`forward`](Self::forward) with `paint(stage, map)` between the stages: the map that goes into a stage is what it returns.
+    pub fn forward_with<T: Float>(
+        &self,
+        p: &Params<T>,
+        image: &Tensor<T>,
+        training: bool,
+        mut paint: impl FnMut(usize, Tensor<T>) -> Result<Tensor<T>>,
+    ) -> Result<(Tensor<T>, Saved<T>)> {
         let image = channels_last(image)?;
         let z = self.stem.conv.forward(p, &image)?;
         let (a, norm) = self.stem.norm.forward_relu(p, &z, training)?;
         let mut x = max_pool(&a, POOL)?;
         drop(a);
         let mut blocks = Vec::with_capacity(self.blocks.len());
-        for block in &self.blocks {
+        for (i, block) in self.blocks.iter().enumerate() {
+            if let Ok(stage) = self.starts.binary_search(&i) {
+                x = paint(stage, x)?;
+            }
             let (y, saved) = block.forward(p, x, training)?;
             blocks.push(saved);
             x = y;
@@ -131,10 +148,25 @@ impl Trunk {
 
     /// All gradients; returns that of the image, `[B, C, H, W]`.
     pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: Saved<T>, dy: Tensor<T>) -> Result<Tensor<T>> {
+        self.backward_with(p, g, saved, dy, |_, _, d| Ok(d))
+    }
+
+    /// Backward of [`forward_with`](Self::forward_with): `paint_backward(grads, stage, gradient)` is the adjoint of `paint`.
+    pub fn backward_with<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        saved: Saved<T>,
+        dy: Tensor<T>,
+        mut paint_backward: impl FnMut(&mut Params<T>, usize, Tensor<T>) -> Result<Tensor<T>>,
+    ) -> Result<Tensor<T>> {
         let Saved { image, stem: (z, norm), blocks } = saved;
         let mut dx = dy;
-        for (block, saved) in self.blocks.iter().zip(blocks).rev() {
+        for (i, (block, saved)) in self.blocks.iter().zip(blocks).enumerate().rev() {
             dx = block.backward(p, g, saved, dx)?;
+            if let Ok(stage) = self.starts.binary_search(&i) {
+                dx = paint_backward(g, stage, dx)?;
+            }
         }
         let a = self.stem.norm.again(p, &z, &norm, true);
         let mut da = max_pool_backward(&a, POOL, &dx)?;
@@ -197,7 +229,8 @@ impl ResNet {
     }
 }
 
-fn settings(config: &Config) -> Result<TrunkSettings> {
+/// The trunk from the keys of `model.resnet`.
+pub fn settings(config: &Config) -> Result<TrunkSettings> {
     let list = |key: &str, default: [usize; 4]| if config.get(key).is_none() { Ok(default.to_vec()) } else { config.usizes(key) };
     let number = |key: &str, default: usize| if config.get(key).is_none() { Ok(default) } else { config.positive(key) };
     let kind = Kind::parse(config.str_or("block", "bottleneck")?)?;

@@ -27,8 +27,15 @@ pub struct Saved<T: Float> {
 
 impl PatchEmbed {
     /// Registers the parameters. An error unless the image is a whole number of patches.
-    pub fn new(
+    pub fn new(names: Names, image: [usize; 2], patch: usize, chans: usize, dim: usize, norm_eps: Option<f64>, init: Init) -> Result<Self> {
+        Self::named(names, "proj", image, patch, chans, dim, norm_eps, init)
+    }
+
+    /// [`new`](Self::new) with another name of the convolution.
+    #[allow(clippy::too_many_arguments)]
+    pub fn named(
         mut names: Names,
+        name: &str,
         image: [usize; 2],
         patch: usize,
         chans: usize,
@@ -40,7 +47,7 @@ impl PatchEmbed {
             return Err(Error::config("img_size", format!("expected a positive multiple of patch_size {patch}, found {image:?}")));
         }
         let inputs = chans * patch * patch;
-        let proj = Linear::shaped(&mut names.at("proj"), [dim, chans, patch, patch].into(), inputs, dim, true, init);
+        let proj = Linear::shaped(&mut names.at(name), [dim, chans, patch, patch].into(), inputs, dim, true, init);
         let norm = norm_eps.map(|eps| LayerNorm::new(names.at("norm"), dim, eps));
         Ok(PatchEmbed { proj, norm, chans, patch, image })
     }
