@@ -10,8 +10,8 @@
 //! Backward: `dY = dOut W_proj`, `R = dY / (D + ε)`, `dD = −rowsum(R ∘ Y)`, `dQ′ = R Mᵀ + dD σᵀ`, `dM = Q′ᵀ R`, `dσ = Q′ᵀ dD`,
 //! `dK′ = V dMᵀ + 1 dσᵀ`, `dV = dOut + K′ dM`; with `T = dΦ ∘ Φ`, `dX = T w − (T·1) ∘ X` for Q and K.
 //!
-//! Tokens pass once forward for M, once for Y, and once more each backward, in blocks; M is summed over pieces of the tokens. Kept
-//! are kqv, K′, Q′, Y and D: 4 E + 2 m + 1 numbers per token.
+//! Tokens pass once forward for M, once for Y, and once more each backward, in blocks; a small M is summed over pieces of the tokens.
+//! Kept are kqv, K′, Q′, Y and D: 4 E + 2 m + 1 numbers per token.
 
 use rayon::prelude::*;
 
@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::kernel::elementwise;
 use crate::kernel::features::{RankOne, Sums, divide, divide_backward, features, features_backward, minus_scaled};
 use crate::kernel::pieces::{Piece, Pieces};
-use crate::linalg::{Mat, MatMut, count_flops};
+use crate::linalg::{Epilogue, Mat, MatMut, count_flops, gemm};
 use crate::nn::dropout::Dropout;
 use crate::nn::{Init, Layout, Linear, Names, Param, Params, normal_02};
 use crate::tensor::random::Rng;
@@ -29,8 +29,10 @@ use crate::tensor::{Buffer, Float, Tensor};
 /// Tokens whose features are computed at a time.
 const BLOCK: usize = 128;
 /// A piece holds at least this many tokens, and an image at most [`PIECES`] of them.
-const PIECE: usize = 256;
-const PIECES: usize = 8;
+const PIECE: usize = 32;
+const PIECES: usize = 16;
+/// From this size on, M is one matrix product, shared out by its elements; a smaller one is summed over pieces of the tokens.
+const LARGE: usize = 1 << 14;
 
 /// What the layer is made of.
 #[derive(Clone, Copy, Debug)]
@@ -91,7 +93,7 @@ pub struct Saved<T: Float> {
     phi_q: Tensor<T>,
     /// D.
     normaliser: Tensor<T>,
-    /// M and σ of every image.
+    /// σ and M of every image.
     state: Tensor<T>,
     /// Y.
     mixed: Tensor<T>,
@@ -112,9 +114,24 @@ impl Plan {
         Ok(Plan { batch, tokens, e: three_e / 3, m, pieces: Pieces::new(batch, tokens, PIECE, PIECES) })
     }
 
-    /// M and σ, one after the other.
+    /// σ and M, one after the other.
     fn state_len(&self) -> usize {
-        self.m * (self.e + 1)
+        self.m * (1 + self.e)
+    }
+
+    /// Whether M is one matrix product.
+    fn large(&self) -> bool {
+        self.m * self.e >= LARGE
+    }
+
+    /// What a piece sums: σ, and M unless it is large.
+    fn part_len(&self) -> usize {
+        if self.large() { self.m } else { self.state_len() }
+    }
+
+    /// σ of an image.
+    fn sigma<'a, T: Float>(&self, state: &'a Tensor<T>, image: usize) -> &'a [T] {
+        &state.data()[image * self.state_len()..][..self.m]
     }
 
     /// Calls `each` with blocks of a piece: the first row in the batch, the first row in the piece, the number of rows.
@@ -130,15 +147,19 @@ impl Plan {
         Mat::strided(&kqv.data()[from..], rows, self.e, 3 * self.e, 1)
     }
 
-    /// The sum of the states of each image's pieces, in order.
-    fn join<T: Float>(&self, parts: &[T]) -> Tensor<T> {
-        let (len, per_image) = (self.state_len(), self.pieces.per_image());
+    /// The state of each image: the sums of its pieces, in order, and a large M as `ΦᵀX`.
+    fn join<'a, T: Float>(&self, parts: &[T], phi: &Tensor<T>, x: impl Fn(usize) -> Mat<'a, T>) -> Tensor<T> {
+        let (len, part_len, per_image) = (self.state_len(), self.part_len(), self.pieces.per_image());
         let mut state = Tensor::zeros([self.batch, len]);
         if self.pieces.is_empty() {
             return state;
         }
-        for (state, parts) in state.data_mut().chunks_exact_mut(len).zip(parts.chunks_exact(len * per_image)) {
-            parts.chunks_exact(len).for_each(|part| elementwise::add(state, part));
+        for (image, (state, parts)) in state.data_mut().chunks_exact_mut(len).zip(parts.chunks_exact(part_len * per_image)).enumerate() {
+            parts.chunks_exact(part_len).for_each(|part| elementwise::add(&mut state[..part_len], part));
+            if self.large() {
+                let phi = Mat::new(rows_of(phi, image * self.tokens, self.tokens), self.tokens, self.m);
+                gemm(phi.t(), x(image), MatMut::new(&mut state[self.m..], self.m, self.e), Epilogue::default());
+            }
         }
         state
     }
@@ -146,7 +167,7 @@ impl Plan {
     /// A right operand for every image: M or its transpose out of states.
     fn pack<T: Float>(&self, state: &Tensor<T>, transposed: bool) -> Vec<Buffer<T>> {
         let pack = |state: &[T]| {
-            let m = Mat::new(&state[..self.m * self.e], self.m, self.e);
+            let m = Mat::new(&state[self.m..], self.m, self.e);
             let m = if transposed { m.t() } else { m };
             let mut packed = Buffer::scratch(T::packed_len(m.rows(), m.cols()));
             T::pack(m, &mut packed);
@@ -189,21 +210,23 @@ impl Performer {
         let rows = |width: usize| Tensor::<T>::scratch([batch, tokens, width]);
         let (mut phi_k, mut phi_q, mut mixed, mut normaliser) = (rows(m), rows(m), rows(e), rows(1));
 
-        // K′, M = K′ᵀ V, σ = K′ᵀ 1
-        let mut parts = Buffer::<T>::zeros(pieces.len() * plan.state_len());
-        let tasks: Vec<_> = pieces.iter().zip(pieces.deal(phi_k.data_mut(), m)).zip(parts.chunks_exact_mut(plan.state_len())).collect();
+        // K′, σ = K′ᵀ 1, M = K′ᵀ V
+        let mut parts = Buffer::<T>::zeros(pieces.len() * plan.part_len());
+        let tasks: Vec<_> = pieces.iter().zip(pieces.deal(phi_k.data_mut(), m)).zip(parts.chunks_exact_mut(plan.part_len())).collect();
         tasks.into_par_iter().for_each(|((piece, phi), part)| {
-            let (sum, sigma) = part.split_at_mut(m * e);
-            let mut operand = Buffer::<T>::scratch(T::packed_len(BLOCK, e));
+            let (sigma, sum) = part.split_at_mut(m);
+            let mut operand = Buffer::<T>::scratch(if plan.large() { 0 } else { T::packed_len(BLOCK, e) });
             plan.blocks(piece, |first, at, n| {
-                let (k, v, phi) = (plan.part(&kqv, 0, first, n), plan.part(&kqv, 2, first, n), &mut phi[at * m..(at + n) * m]);
+                let (k, phi) = (plan.part(&kqv, 0, first, n), &mut phi[at * m..(at + n) * m]);
                 T::multiply_packed(k, &w, MatMut::new(phi, n, m), false);
                 features(phi, k, Sums::Columns(sigma));
-                T::pack(v, &mut operand);
-                T::multiply_packed(Mat::new(phi, n, m).t(), &operand, MatMut::new(sum, m, e), true);
+                if !plan.large() {
+                    T::pack(plan.part(&kqv, 2, first, n), &mut operand);
+                    T::multiply_packed(Mat::new(phi, n, m).t(), &operand, MatMut::new(sum, m, e), true);
+                }
             });
         });
-        let state = plan.join(&parts);
+        let state = plan.join(&parts, &phi_k, |image| plan.part(&kqv, 2, image * tokens, tokens));
         drop(parts);
 
         // Q′, D = Q′ σ, Y = (Q′ M) / (D + ε)
@@ -213,7 +236,7 @@ impl Performer {
             .zip(pieces.deal(mixed.data_mut(), e).zip(pieces.deal(normaliser.data_mut(), 1)))
             .collect();
         tasks.into_par_iter().for_each(|((piece, phi), (mixed, normaliser))| {
-            let sigma = &state.data()[piece.image * plan.state_len() + m * e..(piece.image + 1) * plan.state_len()];
+            let sigma = plan.sigma(&state, piece.image);
             plan.blocks(piece, |first, at, n| {
                 let (q, phi, d) = (plan.part(&kqv, 1, first, n), &mut phi[at * m..(at + n) * m], &mut normaliser[at..at + n]);
                 let y = &mut mixed[at * e..(at + n) * e];
@@ -256,7 +279,7 @@ impl Performer {
     pub fn backward_kqv<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: Saved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
         let Saved { kqv, phi_k, phi_q, normaliser, state, mixed } = saved;
         let plan = Plan::new(&kqv, self.features)?;
-        let Plan { e, m, ref pieces, .. } = plan;
+        let Plan { batch, tokens, e, m, ref pieces } = plan;
         dy.expect_shape("gradient of a performer", mixed.shape())?;
         let mut d_kqv = Tensor::scratch(kqv.shape());
         if dy.data().is_empty() {
@@ -272,20 +295,29 @@ impl Performer {
 
         // R, dD, dM = Q′ᵀ R, dσ = Q′ᵀ dD, dQ
         let transposed = plan.pack(&state, true);
-        let mut parts = Buffer::<T>::zeros(pieces.len() * plan.state_len());
-        let tasks: Vec<_> = pieces.iter().zip(pieces.deal(d_kqv.data_mut(), 3 * e)).zip(parts.chunks_exact_mut(plan.state_len())).collect();
-        tasks.into_par_iter().for_each(|((piece, d_kqv), part)| {
-            let (d_sum, d_sigma) = part.split_at_mut(m * e);
-            let sigma = &state.data()[piece.image * plan.state_len() + m * e..(piece.image + 1) * plan.state_len()];
-            let (mut r, mut operand) = (Buffer::<T>::scratch(BLOCK * e), Buffer::<T>::scratch(T::packed_len(BLOCK, e)));
+        let mut parts = Buffer::<T>::zeros(pieces.len() * plan.part_len());
+        // A large dM needs all of R, a small one a block at a time.
+        let r_width = if plan.large() { e } else { 0 };
+        let mut r_rows = Tensor::<T>::scratch([batch, tokens, r_width]);
+        let tasks: Vec<_> = (pieces.iter().zip(pieces.deal(d_kqv.data_mut(), 3 * e)))
+            .zip(pieces.deal(r_rows.data_mut(), r_width).zip(parts.chunks_exact_mut(plan.part_len())))
+            .collect();
+        tasks.into_par_iter().for_each(|((piece, d_kqv), (r_rows, part))| {
+            let (d_sigma, d_sum) = part.split_at_mut(m);
+            let sigma = plan.sigma(&state, piece.image);
+            let scratch = |large: usize, small: usize| Buffer::<T>::scratch(if plan.large() { large } else { small });
+            let (mut r, mut operand) = (scratch(0, BLOCK * e), scratch(0, T::packed_len(BLOCK, e)));
             let mut d_phi = Buffer::<T>::scratch(BLOCK * m);
             let (mut dd, mut sums) = ([T::ZERO; BLOCK], [T::ZERO; BLOCK]);
             plan.blocks(piece, |first, at, n| {
-                let (r, d_phi, dd, sums) = (&mut r[..n * e], &mut d_phi[..n * m], &mut dd[..n], &mut sums[..n]);
+                let r = if plan.large() { &mut r_rows[at * e..(at + n) * e] } else { &mut r[..n * e] };
+                let (d_phi, dd, sums) = (&mut d_phi[..n * m], &mut dd[..n], &mut sums[..n]);
                 let (phi, d) = (rows_of(&phi_q, first, n), rows_of(&normaliser, first, n));
                 divide_backward(r, dd, rows_of(&mixed, first, n), rows_of(&d_mixed, first, n), d, T::from_f64(self.eps));
-                T::pack(Mat::new(r, n, e), &mut operand);
-                T::multiply_packed(Mat::new(phi, n, m).t(), &operand, MatMut::new(d_sum, m, e), true);
+                if !plan.large() {
+                    T::pack(Mat::new(r, n, e), &mut operand);
+                    T::multiply_packed(Mat::new(phi, n, m).t(), &operand, MatMut::new(d_sum, m, e), true);
+                }
                 T::multiply_packed(Mat::new(r, n, e), &transposed[piece.image], MatMut::new(d_phi, n, m), false);
                 features_backward(d_phi, phi, Some(RankOne { rows: Some(dd), columns: sigma }), sums, Some(d_sigma));
                 let dq = &mut d_kqv[at * 3 * e + e..];
@@ -293,14 +325,14 @@ impl Performer {
                 minus_scaled(dq, 3 * e, plan.part(&kqv, 1, first, n), sums);
             });
         });
-        let d_state = plan.join(&parts);
-        drop(parts);
+        let d_state = plan.join(&parts, &phi_q, |image| Mat::new(rows_of(&r_rows, image * tokens, tokens), tokens, e));
+        drop((parts, r_rows));
 
         // dK′ = V dMᵀ + 1 dσᵀ, dV = dOut + K′ dM, dK
         let (packed, transposed) = (plan.pack(&d_state, false), plan.pack(&d_state, true));
         let tasks: Vec<_> = pieces.iter().zip(pieces.deal(d_kqv.data_mut(), 3 * e)).collect();
         tasks.into_par_iter().for_each(|(piece, d_kqv)| {
-            let d_sigma = &d_state.data()[piece.image * plan.state_len() + m * e..(piece.image + 1) * plan.state_len()];
+            let d_sigma = plan.sigma(&d_state, piece.image);
             let (mut d_phi, mut sums) = (Buffer::<T>::scratch(BLOCK * m), [T::ZERO; BLOCK]);
             plan.blocks(piece, |first, at, n| {
                 let (d_phi, sums, phi) = (&mut d_phi[..n * m], &mut sums[..n], rows_of(&phi_k, first, n));

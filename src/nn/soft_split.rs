@@ -302,3 +302,54 @@ impl Operation for SoftSplitOp {
         run.unary(&layout, |_, x| Ok((split.forward(x)?, x.dims("x")?)), |_, _, dims, dy| split.backward(dims, dy))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::maps::{channels_first, channels_last};
+    use crate::nn::normal_02;
+    use crate::tensor::random::Purpose;
+
+    /// In bands and from either layout, what the soft split, the norm and the layer give one after the other.
+    #[test]
+    fn bands_agree_with_whole_tokens() {
+        let split = SoftSplit::new(3, 2, 1).expect("a legal split");
+        let (chans, outputs) = (3, 5);
+        let width = chans * 9;
+        let ((norm, linear), layout) = Layout::build(|names| {
+            Ok((LayerNorm::new(names.at("norm"), width, 1e-5), Linear::new(names.at("fc"), width, outputs, true, normal_02(0, 0))))
+        })
+        .expect("a layout");
+        let mut p = Params::<f64>::init(&layout, 1);
+        let mut rng = Rng::new(2, Purpose::Case, 0, 0);
+        p.flat_mut().iter_mut().for_each(|x| *x += 0.3 * rng.normal());
+        let x = Tensor::from_fn([3, chans, 43, 61], |_| rng.normal());
+        let tokens = split.forward(&x).expect("tokens");
+        let dy = Tensor::from_fn(tokens.shape().with_last(outputs), |_| rng.normal());
+        let close = |what: &str, a: &[f64], b: &[f64]| {
+            assert!(a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-11 * (1.0 + b.abs())), "{what}");
+        };
+        for normed in [true, false] {
+            let mut g = Params::zeros(&layout);
+            let (middle, stats) = if normed { norm.forward(&p, &tokens).expect("a norm") } else { (tokens.clone(), Tensor::zeros([0, 2])) };
+            let y = linear.forward(&p, &middle).expect("a layer");
+            let mut d = linear.backward(&p, &mut g, &middle, &dy).expect("a gradient");
+            if normed {
+                d = norm.backward(&p, &mut g, &tokens, &stats, &d, None).expect("a gradient");
+            }
+            let dx = split.backward([3, chans, 43, 61], &d).expect("a gradient");
+            for order in [Order::Planes, Order::Pixels] {
+                let layer = SplitLinear { split, norm: normed.then_some(&norm), linear: &linear, order };
+                let x = if order == Order::Planes { x.clone() } else { channels_last(&x).expect("a map") };
+                let (unfold, mut found) = (layer.unfold(&x).expect("windows").1, Params::zeros(&layout));
+                assert!(3 * unfold.bands() > PARTS, "several bands per part");
+                let (found_y, stats) = layer.forward(&p, &x).expect("tokens");
+                let found_dx = layer.backward(&p, &mut found, &x, stats.as_ref(), &dy).expect("a gradient");
+                let found_dx = if order == Order::Planes { found_dx } else { channels_first(&found_dx).expect("a map") };
+                close("y", found_y.data(), y.data());
+                close("dx", found_dx.data(), dx.data());
+                close("parameters", found.flat(), g.flat());
+            }
+        }
+    }
+}

@@ -38,7 +38,7 @@ fn relative_position(q: &Question, v: &[Vec<f64>], head: usize, channel: usize, 
 }
 
 /// Token i takes `s q_i·S_j` of token j's value, with S the softmax of k over the tokens, channel by channel.
-fn oracle(q: &Question) -> Vec<(&'static str, Vec<f64>)> {
+pub fn oracle(q: &Question) -> Vec<(&'static str, Vec<f64>)> {
     let (x, n, c, h) = (q.get("input.x"), q.dims("input.x")[1], q.usize("dim"), q.usize("num_heads"));
     let (d, width) = (c / h, q.usize("width"));
     let scale = q.config.f64("qk_scale").unwrap_or(1.0 / (d as f64).sqrt());

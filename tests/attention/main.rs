@@ -15,6 +15,7 @@ mod dilated;
 mod factorized_conv;
 mod gaussian_mask;
 mod group_window;
+mod long;
 mod pb_relax;
 mod performer;
 mod retention;

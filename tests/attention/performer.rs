@@ -27,16 +27,17 @@ fn mask(q: &Question, count: usize) -> Vec<f64> {
 }
 
 /// Every pair of tokens: weight `φ(q_i)·φ(k_j)`, over the sum of the weights plus ε.
-fn oracle(q: &Question) -> Vec<(&'static str, Vec<f64>)> {
+pub fn oracle(q: &Question) -> Vec<(&'static str, Vec<f64>)> {
     let (x, dims, e, eps) = (q.get("input.x"), q.dims("input.x"), q.usize("in_dim"), q.config.f64("epsilon").unwrap());
     let (n, dim) = (dims[1], dims[2]);
     let mask = mask(q, dims[0] * n * e);
     let mut out = Vec::new();
     for image in x.chunks_exact(n * dim) {
         let kqv: Vec<Vec<f64>> = image.chunks_exact(dim).map(|token| q.linear("kqv", token)).collect();
+        let keys: Vec<Vec<f64>> = kqv.iter().map(|row| features(q, &row[..e])).collect();
         for i in 0..n {
             let phi = features(q, &kqv[i][e..2 * e]);
-            let weights: Vec<f64> = (0..n).map(|j| dot(&phi, &features(q, &kqv[j][..e]))).collect();
+            let weights: Vec<f64> = keys.iter().map(|key| dot(&phi, key)).collect();
             let total: f64 = weights.iter().sum();
             let mixed: Vec<f64> = (0..e).map(|c| (0..n).map(|j| weights[j] * kqv[j][2 * e + c]).sum::<f64>() / (total + eps)).collect();
             for (y, v) in q.linear("proj", &mixed).iter().zip(&kqv[i][2 * e..]) {
