@@ -201,11 +201,12 @@ impl Cluster {
     }
 }
 
-/// Random proposals, folds, heads; returns a map that suits the folds.
+/// Random proposals, folds, heads.
 pub fn sample_settings(rng: &mut Rng, config: &mut Config) {
     config.set("proposal_w", rng.between(1, 3)).set("proposal_h", rng.between(1, 3));
     config.set("fold_w", rng.between(1, 3)).set("fold_h", rng.between(1, 3));
-    config.set("heads", rng.between(1, 3)).set("head_dim", rng.between(2, 5));
+    let wide = rng.chance(0.1);
+    config.set("heads", rng.between(1, 3)).set("head_dim", if wide { [16, 19, 33][rng.below(3)] } else { rng.between(2, 5) });
 }
 
 /// A random map `x` `[batch, dim, height, width]` that the folds divide.

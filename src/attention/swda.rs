@@ -33,7 +33,10 @@ impl Operation for Swda {
     fn sample(rng: &mut Rng) -> Config {
         let kernel = draw_kernel(rng);
         let mut config = Config::default();
-        config.set("head_dim", rng.between(1, 5)).set("kernel_size", kernel).set("dilation", draw_distance(rng, kernel));
+        // Some heads fill one to four vectors, or more.
+        let wide = rng.chance(0.3);
+        let head_dim = if wide { [16, 17, 32, 40, 48, 63, 64, 70][rng.below(8)] } else { rng.between(1, 5) };
+        config.set("head_dim", head_dim).set("kernel_size", kernel).set("dilation", draw_distance(rng, kernel));
         sample_scale(rng, &mut config);
         config
     }

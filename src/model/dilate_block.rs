@@ -76,12 +76,12 @@ impl Settings {
 #[derive(Clone, Debug)]
 enum Mixer {
     Dilated(Dilated),
-    Global(Attention),
+    Global(Box<Attention>),
 }
 
 enum MixerSaved<T: Float> {
     Dilated(dilated::Saved<T>),
-    Global(softmax::Saved<T>),
+    Global(Box<softmax::Saved<T>>),
 }
 
 impl Mixer {
@@ -94,7 +94,7 @@ impl Mixer {
             Mixer::Global(layer) => {
                 let (shape, tokens) = (x.shape(), as_tokens(x)?);
                 let (y, saved) = layer.forward(p, &tokens, &all(&tokens)?, None, Some(&as_tokens(residual)?))?;
-                Ok((y.reshape(shape)?, MixerSaved::Global(saved)))
+                Ok((y.reshape(shape)?, MixerSaved::Global(Box::new(saved))))
             }
         }
     }
@@ -111,7 +111,7 @@ impl Mixer {
             (Mixer::Dilated(layer), MixerSaved::Dilated(saved)) => layer.backward(p, g, x, saved, dy),
             (Mixer::Global(layer), MixerSaved::Global(saved)) => {
                 let (shape, x) = (x.shape(), as_tokens(x)?);
-                layer.backward(p, g, &x, saved, &all(&x)?, None, &as_tokens(dy)?)?.reshape(shape)
+                layer.backward(p, g, &x, *saved, &all(&x)?, None, &as_tokens(dy)?)?.reshape(shape)
             }
             _ => unreachable!("a block gets back what it saved"),
         }
@@ -159,7 +159,7 @@ impl DilateBlock {
         let norm1 = LayerNorm::new(names.at("norm1"), dim, NORM_EPS);
         let attn = match &settings.mixer {
             MixerSettings::Dilated(s) => Mixer::Dilated(Dilated::new(names.at("attn"), s.clone())?),
-            MixerSettings::Global(s) => Mixer::Global(Attention::new(names.at("attn"), *s, normal_02)?),
+            MixerSettings::Global(s) => Mixer::Global(Box::new(Attention::new(names.at("attn"), *s, normal_02)?)),
         };
         let norm2 = LayerNorm::new(names.at("norm2"), dim, NORM_EPS);
         let mlp = Mlp::new(names.at("mlp"), dim, hidden_width(dim, settings.mlp_ratio)?, normal_02);

@@ -160,6 +160,9 @@ struct StageSaved<T: Float> {
     pooled: Option<Tensor<T>>,
 }
 
+/// Logits `[B, classes]`, the feature maps `[B, H_s, W_s, C]` of all stages, and what the backward pass needs.
+pub type Output<T> = (Tensor<T>, Vec<Tensor<T>>, Saved<T>);
+
 /// What [`Hpvit::backward`] needs.
 pub struct Saved<T: Float> {
     image: Tensor<T>,
@@ -197,7 +200,7 @@ impl Hpvit {
     }
 
     /// Logits `[B, classes]` and the feature maps `[B, H_s, W_s, C]` of all stages, of images `[B, H, W, in]`.
-    pub fn forward<T: Float>(&self, p: &Params<T>, image: Tensor<T>) -> Result<(Tensor<T>, Vec<Tensor<T>>, Saved<T>)> {
+    pub fn forward<T: Float>(&self, p: &Params<T>, image: Tensor<T>) -> Result<Output<T>> {
         let (s, c) = (&self.settings, self.settings.embed_dim);
         let [batch, height, width, _] = image.dims("image [B, H, W, C]")?;
         if [height, width] != s.image_size {
