@@ -143,6 +143,8 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::nn::spvit_mlp::SpvitMlpOp>(),
     Op::of::<crate::attention::single_path_ops::SinglePathDeit>(),
     Op::of::<crate::attention::single_path_ops::SinglePathWindow>(),
+    Op::of::<crate::model::spvit::ModelSpvit>(),
+    Op::of::<crate::model::spvit_swin::ModelSpvitSwin>(),
 ];
 
 /// All operations, in order of the sheets.
