@@ -126,6 +126,7 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::attention::gaussian_mask::MaskGaussianMixture>(),
     Op::of::<crate::attention::gaussian_mask::GaussianMask>(),
     Op::of::<crate::attention::gaussian_mask_swin::GaussianMaskSwin>(),
+    Op::of::<crate::attention::gaussian_mask_t2t::GaussianMaskT2t>(),
     Op::of::<crate::model::gmm_vit::GaussianMaskBlock>(),
     Op::of::<crate::model::gmm_vit::ModelGmmVit>(),
     Op::of::<crate::attention::retention::Retention>(),
