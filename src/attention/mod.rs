@@ -9,6 +9,7 @@ pub mod dilated;
 pub mod factorized_conv;
 pub mod gaussian_mask;
 pub mod gaussian_mask_swin;
+pub mod gaussian_mask_t2t;
 pub mod pb_relax;
 pub mod performer;
 pub mod retention;

@@ -133,6 +133,9 @@ pub struct RetentionLayer {
     settings: Settings,
 }
 
+/// Tokens, and a state if there is one.
+pub type Step<T> = (Tensor<T>, Option<Tensor<T>>);
+
 /// What the backward pass needs beside the input.
 pub struct Saved<T: Float> {
     /// q, k, v, g.
@@ -160,12 +163,7 @@ impl RetentionLayer {
     }
 
     /// `y` `[B, N, dim]`, and the state after the last token `[B, h, d_k, d_v]` (not with rescaling).
-    pub fn forward<T: Float>(
-        &self,
-        p: &Params<T>,
-        x: &Tensor<T>,
-        state: Option<Tensor<T>>,
-    ) -> Result<(Tensor<T>, Option<Tensor<T>>, Saved<T>)> {
+    pub fn forward<T: Float>(&self, p: &Params<T>, x: &Tensor<T>, state: Option<Tensor<T>>) -> Result<(Step<T>, Saved<T>)> {
         let (settings, [batch, tokens, c]) = (self.settings, x.dims("input of a retention")?);
         let (sizes, rescale) = (settings.sizes(batch, tokens), settings.rescaling());
         if c != settings.dim {
@@ -197,7 +195,7 @@ impl RetentionLayer {
         let mut z = Tensor::scratch(out.shape());
         retention_gate::forward(&settings.gate(tokens), z.data_mut(), out.data(), projected[3].data());
         let y = self.out_proj.forward(p, &z)?;
-        Ok((y, after, Saved { projected, out, weights, state }))
+        Ok(((y, after), Saved { projected, out, weights, state }))
     }
 
     /// `dx` and the gradient of the state before the first token, if there was one.
@@ -209,7 +207,7 @@ impl RetentionLayer {
         saved: Saved<T>,
         dy: &Tensor<T>,
         d_state: Option<&Tensor<T>>,
-    ) -> Result<(Tensor<T>, Option<Tensor<T>>)> {
+    ) -> Result<Step<T>> {
         let Saved { projected, out, weights, state } = saved;
         let (settings, [batch, tokens, _]) = (self.settings, x.dims("input of a retention")?);
         let mut d_out = self.out_proj.backward_input(p, dy)?;
@@ -299,7 +297,7 @@ impl Operation for Retention {
         let state = if run.has_input("state") { Some(run.input("state")?) } else { None };
         let (layer, layout) = Layout::build(|names| Ok(RetentionLayer::new(names, settings)))?;
         let p = run.params(&layout)?;
-        let (y, after, saved) = layer.forward(&p, &x, state)?;
+        let ((y, after), saved) = layer.forward(&p, &x, state)?;
         run.output("y", &y);
         if let Some(after) = &after {
             run.output("state", after);

@@ -179,8 +179,8 @@ impl Msa {
 
 #[derive(Clone, Debug)]
 enum Weights {
-    Folded(Fold),
-    Own(Bottleneck),
+    Folded(Box<Fold>),
+    Own(Box<Bottleneck>),
 }
 
 #[derive(Clone, Debug)]
@@ -294,7 +294,7 @@ impl SinglePath {
             for &kernel in mode.kernels() {
                 let bottleneck = Bottleneck::new(&mut names.at("bconv"), dim, width, kernel)?;
                 let norm = BatchNorm2d::new(names.at("bconv.1"), width, 1e-5, 0.1);
-                layer.convs.push(ConvBranch { weights: Weights::Own(bottleneck), norm });
+                layer.convs.push(ConvBranch { weights: Weights::Own(Box::new(bottleneck)), norm });
             }
             return Ok(layer);
         }
@@ -307,7 +307,7 @@ impl SinglePath {
             for &kernel in mode.kernels() {
                 let norm = BatchNorm2d::new(names.at(format!("bn_{kernel}x{kernel}")), width, 1e-5, 0.1);
                 let fold = Fold::new(&v, &proj, head_probs, heads, kernel, layout, alpha)?;
-                layer.convs.push(ConvBranch { weights: Weights::Folded(fold), norm });
+                layer.convs.push(ConvBranch { weights: Weights::Folded(Box::new(fold)), norm });
             }
         }
         if let Some(qk) = qk {

@@ -132,6 +132,7 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::attention::gaussian_mask::MaskGaussianMixture>(),
     Op::of::<crate::attention::gaussian_mask::GaussianMask>(),
     Op::of::<crate::attention::gaussian_mask_swin::GaussianMaskSwin>(),
+    Op::of::<crate::attention::gaussian_mask_t2t::GaussianMaskT2t>(),
     Op::of::<crate::model::gmm_vit::GaussianMaskBlock>(),
     Op::of::<crate::model::gmm_vit::ModelGmmVit>(),
     Op::of::<crate::attention::retention::Retention>(),
@@ -149,6 +150,8 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::nn::spvit_mlp::SpvitMlpOp>(),
     Op::of::<crate::attention::single_path_ops::SinglePathDeit>(),
     Op::of::<crate::attention::single_path_ops::SinglePathWindow>(),
+    Op::of::<crate::model::spvit::ModelSpvit>(),
+    Op::of::<crate::model::spvit_swin::ModelSpvitSwin>(),
 ];
 
 /// All operations, in order of the sheets.

@@ -310,6 +310,7 @@ impl<T: Float> Head<'_, T> {
     }
 
     /// The outputs of a segment in chunks of `chunk` tokens; `state` is the one before and becomes the one after (unless nobody asks).
+    #[allow(clippy::too_many_arguments)]
     fn forward(
         &self,
         tokens: Range<usize>,

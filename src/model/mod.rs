@@ -20,6 +20,8 @@ pub mod pre_norm;
 pub mod pvt;
 pub mod resnet;
 pub mod resnet_block;
+pub mod spvit;
+pub mod spvit_swin;
 pub mod swin;
 pub mod swin_ops;
 pub mod t2t;

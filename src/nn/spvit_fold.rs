@@ -202,6 +202,8 @@ impl Fold {
         let mut ds = Tensor::zeros([heads, taps]);
         let v = Mat::new(p.get(self.v[0]), heads, width * c);
         gemm(v, dw, MatMut::new(ds.data_mut(), heads, taps), Epilogue::default());
+        // Their differences count: no rounding of the sums.
+        let mut ds: Vec<f64> = ds.data().iter().map(|x| x.to_f64()).collect();
         let d_bias: &[T] = conv.bias().map_or(&[], |bias| d.get(bias));
         let d_out = d.get(out.weight());
         for (n, &r) in sums.iter().enumerate() {
@@ -217,17 +219,17 @@ impl Fold {
             for (to, dy) in g.get_mut(self.proj[0]).chunks_exact_mut(c).zip(d_out.chunks_exact(width)) {
                 to[own.clone()].iter_mut().zip(dy).for_each(|(o, &y)| *o += r * y);
             }
-            ds.data_mut()[n * taps..(n + 1) * taps].iter_mut().for_each(|x| *x += T::from_f64(dot));
+            ds[n * taps..(n + 1) * taps].iter_mut().for_each(|x| *x += dot);
         }
         if let Some(bias) = out.bias() {
             g.get_mut(self.proj[1]).iter_mut().zip(d.get(bias)).for_each(|(b, &y)| *b += y);
         }
-        let (ds, probs) = (ds.data(), g.get_mut(self.head_probs));
+        let probs = g.get_mut(self.head_probs);
         for (tap, &column) in self.columns.iter().enumerate() {
             let share = |n: usize| s[n * 9 + column];
-            let mean = (0..heads).fold(0.0, |sum, n| sum + share(n) * ds[n * taps + tap].to_f64());
+            let mean = (0..heads).fold(0.0, |sum, n| sum + share(n) * ds[n * taps + tap]);
             for n in 0..heads {
-                probs[n * 9 + column] += T::from_f64(share(n) * (ds[n * taps + tap].to_f64() - mean) / self.alpha);
+                probs[n * 9 + column] += T::from_f64(share(n) * (ds[n * taps + tap] - mean) / self.alpha);
             }
         }
     }

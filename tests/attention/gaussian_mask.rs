@@ -118,13 +118,13 @@ fn no_amplitude_is_uniform_attention_and_wide_kernels_scale_the_logits() {
                 image.chunks_exact(c).for_each(|token| assert_close(at, token, &image[..c]));
             }
         }
-        let mut wide = |config: &mut Config, t: &mut Tensors<f64>| {
+        let wide = |config: &mut Config, t: &mut Tensors<f64>| {
             config.set("cutoff_d2", serde_json::Value::Null);
             t.insert("param.mask.sigma".into(), constant(1e9));
             t.insert("param.mask.alpha".into(), constant(1.0 / k as f64));
         };
         let plain = with(q, |config, _| _ = config.set("mask", "none"));
-        assert_close(at, &with(q, &mut wide), &plain);
+        assert_close(at, &with(q, wide), &plain);
     });
 }
 
