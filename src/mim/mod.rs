@@ -2,6 +2,7 @@
 
 pub mod a2mim_paint;
 pub mod blockwise;
+pub mod green_encoder;
 pub mod greenmim;
 pub mod mae;
 pub mod mask;
