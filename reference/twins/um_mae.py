@@ -80,7 +80,7 @@ def spatial_reduction(tokens: int, dim: int, heads: int):
 
 def gsa(tokens: int, dim: int, heads: int):
     side = math.isqrt(tokens)
-    return GlobalSubsampled(dim, heads, visible(tokens), side, max(side // 7, 1)), tokens_in(tokens // 4, dim)
+    return GlobalSubsampled(dim, heads, visible(tokens), side, min(max(side // 7, 1), 8)), tokens_in(tokens // 4, dim)
 
 
 TWINS = {"attention.um_window": um_window, "attention.spatial_reduction": spatial_reduction, "attention.gsa": gsa}
