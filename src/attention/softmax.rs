@@ -71,6 +71,16 @@ impl Attention {
         Ok(Attention { qkv, qk_norm, proj, heads: num_heads, dim, scale: scale.unwrap_or_else(|| 1.0 / (width as f64).sqrt()) })
     }
 
+    /// The cost for `b` images of `n` tokens over `groups`.
+    pub fn cost(settings: Settings, b: usize, n: usize, groups: &Groups) -> Cost {
+        let (c, h, all) = (settings.dim, settings.num_heads, n + groups.zero_tokens);
+        // qkv and proj; scores and weighted values: 2 C per pair.
+        let flops = 2 * b * (3 * all * c * c + n * c * c + 2 * groups.pairs() * c);
+        // qkv, maximum and sum per row and head, with norms q and k again and their statistics; the attention's output and y.
+        let norms = if settings.qk_norm.is_some() { 2 * c + 4 * h } else { 0 };
+        Cost { flops, activation_bytes: 4 * b * (all * (3 * c + 2 * h + norms) + n * 2 * c) }
+    }
+
     /// The number of heads.
     pub fn heads(&self) -> usize {
         self.heads
@@ -229,6 +239,18 @@ fn without_zero_tokens<T: Float>(x: Tensor<T>, extra: usize) -> Result<Tensor<T>
     Ok(y)
 }
 
+/// The settings of `attention.softmax`.
+fn settings(config: &Config) -> Result<Settings> {
+    Ok(Settings {
+        dim: config.usize("dim")?,
+        num_heads: config.usize("num_heads")?,
+        qkv_bias: config.bool("qkv_bias")?,
+        proj_bias: config.bool("proj_bias")?,
+        qk_norm: if config.bool("qk_norm")? { Some(config.f64("norm_eps")?) } else { None },
+        scale: None,
+    })
+}
+
 /// `attention.softmax`.
 pub struct SoftmaxAttention;
 
@@ -252,12 +274,8 @@ impl Operation for SoftmaxAttention {
     }
 
     fn cost(config: &Config, inputs: &Shapes) -> Result<Option<Cost>> {
-        let ([b, n, c], h) = (inputs.dims("x")?, config.positive("num_heads")?);
-        // qkv and proj: 4 C² per token; scores and weighted values: 2 C per pair of tokens.
-        let flops = 2 * b * n * (4 * c * c + 2 * n * c);
-        // qkv, the attention's output, y; maximum and sum per row and head; with norms, q and k again and their statistics.
-        let norms = if config.bool("qk_norm")? { 2 * c + 4 * h } else { 0 };
-        Ok(Some(Cost { flops, activation_bytes: 4 * b * n * (3 * c + c + c + 2 * h + norms) }))
+        let [b, n, _] = inputs.dims("x")?;
+        Ok(Some(Attention::cost(settings(config)?, b, n, &Groups::all(n, n))))
     }
 
     fn bench(size: BenchSize) -> Option<Benchmark> {
@@ -266,15 +284,7 @@ impl Operation for SoftmaxAttention {
 
     fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
         let config = run.config();
-        let settings = Settings {
-            dim: config.usize("dim")?,
-            num_heads: config.usize("num_heads")?,
-            qkv_bias: config.bool("qkv_bias")?,
-            proj_bias: config.bool("proj_bias")?,
-            qk_norm: if config.bool("qk_norm")? { Some(config.f64("norm_eps")?) } else { None },
-            scale: None,
-        };
-        let (layer, layout) = Layout::build(|names| Attention::new(names.here(), settings, crate::nn::normal_02))?;
+        let (layer, layout) = Layout::build(|names| Attention::new(names.here(), settings(config)?, crate::nn::normal_02))?;
         let x = run.input("x")?;
         let [_, tokens, _] = x.dims("x")?;
         let groups = Groups::all(tokens, tokens);

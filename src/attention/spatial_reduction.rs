@@ -379,9 +379,9 @@ impl Operation for Gsa {
     }
 
     fn bench(size: BenchSize) -> Option<Benchmark> {
-        // A quarter of the tokens is visible; ratios as in Twins, which has PVT's.
+        // A quarter of the tokens is visible; ratios as in Twins, which has PVT's, up to 8: the convolution has C²r² weights.
         let side = size.side()?;
-        let bench = Benchmark::new(size).set("height", side).set("width", side).set("sr_ratio", (side / 7).max(1));
+        let bench = Benchmark::new(size).set("height", side).set("width", side).set("sr_ratio", (side / 7).clamp(1, 8));
         Some(bench.set("qkv_bias", true).set("norm_eps", 1e-6).size("visible", size.tokens / 4))
     }
 

@@ -9,7 +9,7 @@
 //! `dtable[index(i − j), head] = Σ dS[head, i, j]` over windows and images.
 
 use super::softmax::{self, Attention, Settings};
-use crate::case::{Config, Draw, Operation, Run};
+use crate::case::{BenchSize, Benchmark, Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::{Error, Result};
 use crate::grouping::Windows;
 use crate::kernel::attention::{Bias, Groups, Side};
@@ -187,19 +187,6 @@ impl WindowAttention {
         bias.backward(g, d_logits.data());
         Ok(dx)
     }
-
-    fn run<T: Float>(&self, run: &mut Run<T>, p: &Params<T>, groups: &Groups) -> Result<()> {
-        let x = run.input("x")?;
-        let (y, saved) = self.forward(p, &x, groups)?;
-        run.output("y", &y);
-        if run.backward() {
-            let mut g = run.zero_grads(p);
-            let dx = self.backward(p, &mut g, &x, saved, groups, &run.cotangent("y", y.shape())?)?;
-            run.grad_input("x", &dx);
-            run.grad_params(&g);
-        }
-        Ok(())
-    }
 }
 
 /// `dim`, `num_heads`, `qkv_bias` and `qk_scale` of a window attention.
@@ -241,8 +228,23 @@ pub fn draw_coords(draw: &mut Draw, height: usize, width: usize) -> Result<usize
     Ok(seen.len())
 }
 
+/// Runs a window attention over `groups` of `x`.
+fn run_layer<T: Float>(run: &mut Run<T>, window: usize, rel_pos: bool, groups: &Groups) -> Result<()> {
+    let settings = settings(run.config())?;
+    let (layer, layout) = Layout::build(|names| WindowAttention::new(names, settings, window, rel_pos))?;
+    let x = run.input("x")?;
+    run.unary(&layout, |p, x| layer.forward(p, x, groups), |p, g, saved, dy| layer.backward(p, g, &x, saved, groups, dy))
+}
+
 /// `attention.window`.
 pub struct Window;
+
+impl Window {
+    fn groups(config: &Config) -> Result<Groups> {
+        let map = [config.positive("height")?, config.positive("width")?];
+        shifted_windows(map, [config.positive("window_size")?; 2], [config.usize("shift_size")?; 2], config.bool("pad")?)
+    }
+}
 
 impl Operation for Window {
     const NAME: &'static str = "attention.window";
@@ -264,18 +266,26 @@ impl Operation for Window {
         Ok(())
     }
 
+    fn cost(config: &Config, inputs: &Shapes) -> Result<Option<Cost>> {
+        let ([b, n, _], groups) = (inputs.dims("x")?, Self::groups(config)?);
+        Ok(Some(Attention::cost(settings(config)?, b, n, &groups)))
+    }
+
+    fn bench(size: BenchSize) -> Option<Benchmark> {
+        // Windows of 7, of 8 where 7 does not divide the map; without shift, as in every other block.
+        let side = size.side()?;
+        let window = [7, 8].into_iter().find(|window| side.is_multiple_of(*window))?;
+        let bench = Benchmark::new(size).set("height", side).set("width", side).set("window_size", window).set("shift_size", 0);
+        Some(bench.set("pad", false).set("qkv_bias", true).set("qk_scale", serde_json::Value::Null))
+    }
+
     fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
         let config = run.config();
-        let (map, window, shift) =
-            ([config.positive("height")?, config.positive("width")?], config.positive("window_size")?, config.usize("shift_size")?);
-        let groups = shifted_windows(map, [window; 2], [shift; 2], config.bool("pad")?)?;
-        let [_, tokens, _] = run.input("x")?.dims("x")?;
-        if tokens != map[0] * map[1] {
-            return Err(Error::shape("input `x`", format!("[batch, {}, dim]", map[0] * map[1]), run.input("x")?.shape()));
+        let (height, width, x) = (config.positive("height")?, config.positive("width")?, run.input("x")?);
+        if height.checked_mul(width) != Some(x.dims::<3>("input `x`")?[1]) {
+            return Err(Error::shape("input `x`", format!("[batch, {height}·{width}, dim]"), x.shape()));
         }
-        let (layer, layout) = Layout::build(|names| WindowAttention::new(names, settings(config)?, window, true))?;
-        let p = run.params(&layout)?;
-        layer.run(run, &p, &groups)
+        run_layer(run, config.positive("window_size")?, true, &Self::groups(config)?)
     }
 }
 
@@ -302,6 +312,21 @@ impl Operation for GroupWindow {
         Ok(())
     }
 
+    fn cost(config: &Config, inputs: &Shapes) -> Result<Option<Cost>> {
+        let [b, n, _] = inputs.dims("x")?;
+        let coords = coordinates(inputs.ints("coords")?)?;
+        let groups = visible_windows(&coords, config.positive("window_size")?, config.usize("shift_size")?)?;
+        Ok(Some(Attention::cost(settings(config)?, b, n, &groups)))
+    }
+
+    fn bench(size: BenchSize) -> Option<Benchmark> {
+        // A quarter of the tokens is visible, any of them; windows of 7 without shift, with the released grouping where it matters.
+        let side = size.side()?;
+        let bench = Benchmark::new(size).set("window_size", 7).set("shift_size", 0).set("rel_pos", true).set("qkv_bias", true);
+        let bench = bench.set("qk_scale", serde_json::Value::Null).set("mode", "grouping").set("group_size", "max");
+        Some(bench.size("height", side).size("width", side).size("visible", size.tokens / 4))
+    }
+
     fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
         let config = run.config();
         config.choice("mode", &["auto", "masking", "grouping"])?;
@@ -313,8 +338,6 @@ impl Operation for GroupWindow {
         }
         let window = config.positive("window_size")?;
         let groups = visible_windows(&coords, window, config.usize("shift_size")?)?;
-        let (layer, layout) = Layout::build(|names| WindowAttention::new(names, settings(config)?, window, config.bool("rel_pos")?))?;
-        let p = run.params(&layout)?;
-        layer.run(run, &p, &groups)
+        run_layer(run, window, config.bool("rel_pos")?, &groups)
     }
 }

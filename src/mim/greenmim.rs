@@ -1,4 +1,4 @@
-//! `mim.greenmim` (arXiv 2205.13515): a Swin encoder over visible tokens, a light decoder, the pixels of the masked cells.
+//! `mim.greenmim` (arXiv 2205.13515): a Swin (or Twins) encoder over visible tokens, a light decoder, the pixels of the masked cells.
 //!
 //! One random mask per batch on the coarse grid of the last stage (cells of `F = P·2^{stages−1}` pixels). Latents are embedded to
 //! the decoder's width, put back among copies of `mask_token`, given fixed positions, and pass plain ViT blocks; `decoder_pred`
@@ -10,26 +10,26 @@
 
 use std::sync::Arc;
 
+use super::green_encoder::{self, GreenEncoder, Visible};
 use super::mask::{RandomMask, mask_tensor, random_mask};
 use super::pixels::{MaskedPixelLoss, PixelSaved, hidden_pixels};
 use super::{Objective, Reconstruction, StepKey};
 use crate::case::{Config, Draw, Operation, Run};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernel::attention::Groups;
 use crate::kernel::rows;
-use crate::model::green_swin::{Visible, visible};
-use crate::model::swin::{Encoder, EncoderSaved, Settings};
+use crate::model::green_twins;
 use crate::model::swin_ops::{mean_tokens, sample_encoder};
 use crate::model::vit_block::{self, Block, BlockSettings};
 use crate::nn::mask_token::{mix_token, mix_token_backward};
-use crate::nn::{Init, LayerNorm, Layout, Linear, Names, Param, Params, Stats, patch_embed, xavier};
+use crate::nn::{Init, LayerNorm, Layout, Linear, Names, Param, Params, Stats, xavier};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
 /// GreenMIM's network and loss.
 #[derive(Clone, Debug)]
 pub struct GreenMim {
-    encoder: Encoder,
+    encoder: GreenEncoder,
     mask_token: Param,
     decoder_embed: Linear,
     positions: Param,
@@ -46,8 +46,7 @@ pub struct GreenMim {
 }
 
 struct Saved<T: Float> {
-    embed: patch_embed::Saved<T>,
-    encoder: EncoderSaved<T>,
+    encoder: green_encoder::Saved<T>,
     latent: Tensor<T>,
     blocks: Vec<vit_block::Saved<T>>,
     last: Tensor<T>,
@@ -63,18 +62,10 @@ impl GreenMim {
     }
 
     fn register(config: &Config, names: &mut Names) -> Result<Self> {
-        let settings = Settings { init: xavier, ..Settings::from_config(config, 1e-6)? };
-        let (eps, ratio) = (settings.norm_eps, settings.mlp_ratio);
-        let encoder = Encoder::new(&mut names.at("encoder"), settings)?;
-        let grids = encoder.grids();
-        let [side, width] = *grids.last().unwrap_or(&[0, 0]);
-        let factor = encoder.settings().patch_size << (grids.len() - 1);
-        if side != width || side * factor != encoder.settings().img_size[0] {
-            return Err(Error::config(
-                "img_size",
-                format!("expected a square of whole {factor}-pixel cells, found {:?}", encoder.settings().img_size),
-            ));
-        }
+        let encoder = GreenEncoder::new(&mut names.at("encoder"), config)?;
+        let (eps, ratio, side) = (encoder.norm_eps(), config.f64_or("mlp_ratio", 4.0)?, encoder.cells());
+        let (image, chans) = encoder.image();
+        let factor = image / side.max(1);
         let (dim, heads) = (config.positive("decoder_embed_dim")?, config.positive("decoder_num_heads")?);
         let block = BlockSettings {
             // The decoder's blocks always have biases, whatever the encoder's do.
@@ -91,7 +82,7 @@ impl GreenMim {
             .map(|i| Block::new(&mut names.at(format!("decoder_blocks.{i}")), block))
             .collect::<Result<_>>()?;
         let norm = LayerNorm::new(names.at("decoder_norm"), dim, eps);
-        let pixels = factor * factor * encoder.settings().in_chans;
+        let pixels = factor * factor * chans;
         let pred = Linear::new(names.at("decoder_pred"), dim, pixels, true, xavier(dim, pixels));
         Ok(GreenMim {
             mask_token,
@@ -130,8 +121,7 @@ impl GreenMim {
         hidden: &[bool],
         latents: &[u32],
     ) -> Result<(Tensor<T>, Saved<T>)> {
-        let (tokens, embed) = self.encoder.embed(p, image, Some(&seen.keep))?;
-        let (latent, encoder) = self.encoder.forward(p, tokens, &seen.plan, Some(&seen.keep))?;
+        let (latent, encoder) = self.encoder.forward(p, image, seen)?;
         let rows_in = self.decoder_embed.forward(p, &latent)?;
         let [batch, _, dim] = rows_in.dims("latents")?;
         let mut x = Tensor::scratch([batch, hidden.len(), dim]);
@@ -147,7 +137,7 @@ impl GreenMim {
         }
         let (normed, stats) = self.norm.forward(p, &x)?;
         let pred = self.pred.forward(p, &normed)?;
-        Ok((pred, Saved { embed, encoder, latent, blocks, last: x, stats, normed }))
+        Ok((pred, Saved { encoder, latent, blocks, last: x, stats, normed }))
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -169,20 +159,14 @@ impl GreenMim {
         }
         let [batch, _, dim] = dx.dims("decoder tokens")?;
         mix_token_backward(g, self.mask_token, &mut dx, &hidden.repeat(batch))?;
-        let mut cells = vec![u32::MAX; seen.cells.len()];
+        let mut cells = vec![u32::MAX; saved.latent.shape()[1]];
         for (j, &row) in latents.iter().enumerate().filter(|(_, row)| **row != u32::MAX) {
             cells[row as usize] = j as u32;
         }
         let mut d_rows = Tensor::scratch([batch, cells.len(), dim]);
         rows::gather_batch(d_rows.data_mut(), dx.data(), &cells, batch, dim);
         let d_latent = self.decoder_embed.backward(p, g, &saved.latent, &d_rows)?;
-        let keep = Some(&seen.keep[..]);
-        let d_tokens = self.encoder.backward(p, g, saved.encoder, &seen.plan, keep, &d_latent)?;
-        if want_image {
-            return Ok(Some(self.encoder.patch_embed().backward(p, g, &saved.embed, &d_tokens, keep)?));
-        }
-        self.encoder.patch_embed().backward_params(p, g, &saved.embed, &d_tokens)?;
-        Ok(None)
+        self.encoder.backward(p, g, saved.encoder, seen, &d_latent, want_image)
     }
 
     fn draw(&self, key: StepKey) -> Result<RandomMask> {
@@ -196,13 +180,13 @@ impl Objective for GreenMim {
     }
 
     fn image_shape(&self) -> (usize, usize) {
-        (self.encoder.settings().img_size[0], self.encoder.settings().in_chans)
+        self.encoder.image()
     }
 
     fn loss<T: Float>(&self, params: &Params<T>, grads: Option<&mut Params<T>>, images: &Tensor<T>, key: StepKey) -> Result<T> {
         let mask = self.draw(key)?;
         let hidden = mask.hidden();
-        let (seen, latents) = (visible(&self.encoder, &hidden)?, self.latent_rows(&mask, &hidden));
+        let (seen, latents) = (self.encoder.visible(&hidden)?, self.latent_rows(&mask, &hidden));
         let (pred, saved) = self.forward(params, images, &seen, &hidden, &latents)?;
         let (loss, pixels) = self.loss.forward(&pred, images, &hidden)?;
         if let Some(grads) = grads {
@@ -216,7 +200,7 @@ impl Objective for GreenMim {
     fn reconstruct<T: Float>(&self, params: &Params<T>, images: &Tensor<T>, key: StepKey) -> Result<Reconstruction<T>> {
         let mask = self.draw(key)?;
         let hidden = mask.hidden();
-        let (seen, latents) = (visible(&self.encoder, &hidden)?, self.latent_rows(&mask, &hidden));
+        let (seen, latents) = (self.encoder.visible(&hidden)?, self.latent_rows(&mask, &hidden));
         let (pred, _) = self.forward(params, images, &seen, &hidden, &latents)?;
         let shape @ [batch, _, _, _] = images.dims("images")?;
         Ok(Reconstruction {
@@ -226,9 +210,8 @@ impl Objective for GreenMim {
     }
 
     fn features<T: Float>(&self, params: &Params<T>, images: &Tensor<T>) -> Result<Tensor<T>> {
-        let seen = visible(&self.encoder, &vec![false; self.side * self.side])?;
-        let (tokens, _) = self.encoder.embed(params, images, None)?;
-        mean_tokens(&self.encoder.forward(params, tokens, &seen.plan, None)?.0)
+        let seen = self.encoder.visible(&vec![false; self.side * self.side])?;
+        mean_tokens(&self.encoder.forward(params, images, &seen)?.0)
     }
 }
 
@@ -241,12 +224,19 @@ impl Operation for GreenMimOp {
     const DATA: &'static [&'static str] = &["noise"];
 
     fn sample(rng: &mut Rng) -> Config {
-        let mut config = sample_encoder(rng);
         // At least two cells, so that one can be hidden and one seen.
-        let stages = config.usizes("depths").map_or(1, |d| d.len());
-        let patch = config.usize("patch_size").unwrap_or(1);
-        let window = config.usize("window_size").unwrap_or(1);
-        config.set("img_size", window.max(2) * (patch << (stages - 1))).set("window_size", window.max(2));
+        let mut config = if rng.chance(0.3) {
+            let mut config = green_twins::sample_encoder(rng, 2);
+            config.set("encoder", "twins").set("mlp_ratio", rng.range(1.0, 2.0));
+            config
+        } else {
+            let mut config = sample_encoder(rng);
+            let stages = config.usizes("depths").map_or(1, |d| d.len());
+            let patch = config.usize("patch_size").unwrap_or(1);
+            let window = config.usize("window_size").unwrap_or(1);
+            config.set("img_size", window.max(2) * (patch << (stages - 1))).set("window_size", window.max(2));
+            config
+        };
         config.set("norm_eps", 1e-6).set("in_chans", 3);
         let heads = rng.between(1, 2);
         config.set("decoder_embed_dim", 4 * heads).set("decoder_depth", rng.below(3)).set("decoder_num_heads", heads);
@@ -272,7 +262,7 @@ impl Operation for GreenMimOp {
         noise.expect_shape("input `noise`", [model.side * model.side])?;
         let mask = random_mask(&noise.reshape([1, model.side * model.side])?, model.mask_ratio)?;
         let hidden = mask.hidden();
-        let (seen, latents) = (visible(&model.encoder, &hidden)?, model.latent_rows(&mask, &hidden));
+        let (seen, latents) = (model.encoder.visible(&hidden)?, model.latent_rows(&mask, &hidden));
         let (pred, saved) = model.forward(&p, &image, &seen, &hidden, &latents)?;
         let (loss, pixels): (T, PixelSaved<T>) = model.loss.forward(&pred, &image, &hidden)?;
         run.output("loss", &Tensor::scalar(loss));

@@ -6,6 +6,7 @@ pub mod a2mim_paint;
 pub mod beit;
 pub mod blockwise;
 pub mod frequency;
+pub mod green_encoder;
 pub mod greenmim;
 pub mod interaction;
 pub mod mae;

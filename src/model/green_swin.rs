@@ -5,12 +5,14 @@
 //! token of the last stage) is visible or hidden as a whole, so merging always finds four tokens. The network is
 //! [`swin::Encoder`](super::swin::Encoder) on another [`Plan`].
 
-use super::swin::{Encoder, PatchMerging, Plan, Settings, StagePlan, SwinBlock, clip_window};
-use super::swin_ops::{block_settings, map_size, run_block, sample_encoder};
+use super::swin::{Encoder, PatchMerging, Plan, Settings, StagePlan, clip_window};
+use super::swin_ops::{block_settings, map_size, run_block, run_merging, sample_encoder};
+use super::vit_block;
 use crate::attention::window::{coordinates, draw_coords, sample_settings, visible_windows};
-use crate::case::{Config, Draw, Operation, Run};
+use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::{Error, Result};
-use crate::nn::{Layout, Params, normal_02};
+use crate::kernel::attention::Groups;
+use crate::nn::{Layout, Params};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, IntTensor, Tensor};
 
@@ -118,21 +120,33 @@ impl Operation for Block {
         Ok(())
     }
 
+    fn cost(config: &Config, inputs: &Shapes) -> Result<Option<Cost>> {
+        let [b, n, _] = inputs.dims("x")?;
+        let (_, groups) = Self::windows(config, &coordinates(inputs.ints("coords")?)?)?;
+        vit_block::Block::cost(&block_settings(config)?, b, n, &groups).map(Some)
+    }
+
     fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
         let config = run.config();
         config.choice("mode", &["auto", "masking", "grouping"])?;
         config.choice("group_size", &["max", "paper"])?;
         let map = map_size(config)?;
-        let (window, shift) = clip_window(map, config.positive("window_size")?, config.usize("shift_size")?, false);
         let coords = coordinates(run.ints("coords")?)?;
         let x = run.input("x")?;
         let [_, tokens, _] = x.dims("input `x`")?;
         if tokens != coords.len() || coords.iter().any(|c| c[0] >= map[0] || c[1] >= map[1]) {
             return Err(Error::value("input `coords`", format!("expected {tokens} positions on the {}×{} map", map[0], map[1])));
         }
-        let groups = visible_windows(&coords, window[0], shift[0])?;
-        let (block, layout) = Layout::build(|names| SwinBlock::new(names, block_settings(config)?, window))?;
-        run_block(run, &block, &layout, x, &groups)
+        let (window, groups) = Self::windows(config, &coords)?;
+        run_block(run, window, &groups)
+    }
+}
+
+impl Block {
+    /// The window, clipped to the map, and the groups of tokens that attend to each other.
+    fn windows(config: &Config, coords: &[[usize; 2]]) -> Result<([usize; 2], Groups)> {
+        let (window, shift) = clip_window(map_size(config)?, config.positive("window_size")?, config.usize("shift_size")?, false);
+        Ok((window, visible_windows(coords, window[0], shift[0])?))
     }
 }
 
@@ -160,12 +174,17 @@ impl Operation for Merging {
         Ok(())
     }
 
+    fn cost(_: &Config, inputs: &Shapes) -> Result<Option<Cost>> {
+        let [b, n, c] = inputs.dims("x")?;
+        Ok(Some(PatchMerging::cost(c, b, n / 4)))
+    }
+
     fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
         let config = run.config();
         let (map @ [height, width], dim) = (map_size(config)?, config.positive("dim")?);
         let mask = run.ints("mask")?;
-        if mask.data.len() != height * width {
-            return Err(Error::shape("input `mask`", [height * width], mask.shape));
+        if height.checked_mul(width) != Some(mask.data.len()) {
+            return Err(Error::shape("input `mask`", format!("[{height}·{width}]"), mask.shape));
         }
         let coords: Vec<[usize; 2]> =
             mask_values(mask)?.iter().enumerate().filter(|(_, seen)| **seen).map(|(t, _)| [t / width, t % width]).collect();
@@ -175,25 +194,14 @@ impl Operation for Merging {
             return Err(Error::shape("input `x`", format!("[batch, {}, {dim}]", coords.len()), x.shape()));
         }
         let (cells, merged) = visible_cells(&coords, map)?;
-        let eps = config.f64("norm_eps")?;
-        let (layer, layout) = Layout::build(|names| Ok(PatchMerging::new(names, dim, eps, normal_02)))?;
-        let p = run.params(&layout)?;
-        let (y, saved) = layer.forward(&p, &x, &cells)?;
         let mut mask_out = vec![0; height * width / 4];
         for [y, x] in &merged {
             mask_out[y * (width / 2) + x] = 1;
         }
-        run.output("y", &y);
         let data = merged.iter().flat_map(|&[y, x]| [y as i64, x as i64]).collect();
         run.output_ints("coords", IntTensor::new([merged.len(), 2], data)?);
         run.output_ints("mask_out", IntTensor::new([mask_out.len()], mask_out)?);
-        if run.backward() {
-            let mut g = run.zero_grads(&p);
-            let dx = layer.backward(&p, &mut g, saved, &cells, &run.cotangent("y", y.shape())?)?;
-            run.grad_input("x", &dx);
-            run.grad_params(&g);
-        }
-        Ok(())
+        run_merging(run, dim, &cells)
     }
 }
 

@@ -320,6 +320,20 @@ impl Encoder {
     }
 }
 
+/// A random small encoder with one or two cells per side, at least `least_cells`.
+pub fn sample_encoder(rng: &mut Rng, least_cells: usize) -> Config {
+    let (stages, patch) = (rng.between(1, 3), rng.between(1, 2));
+    let (side, mut config) = (rng.between(least_cells, 2) << (stages - 1), Config::default());
+    config.set("img_size", side * patch).set("patch_size", patch).set("in_chans", rng.between(1, 3));
+    let heads: Vec<usize> = (0..stages).map(|_| rng.between(1, 2)).collect();
+    config.set("embed_dims", heads.iter().map(|heads| heads * rng.between(2, 3)).collect::<Vec<_>>()).set("num_heads", heads);
+    config.set("mlp_ratios", (0..stages).map(|_| rng.between(1, 2)).collect::<Vec<_>>());
+    config.set("depths", (0..stages).map(|_| rng.between(1, 3)).collect::<Vec<_>>()).set("window_size", rng.between(1, 4));
+    config.set("sr_ratios", (0..stages).map(|i| rng.between(1, side >> i)).collect::<Vec<_>>());
+    config.set("qkv_bias", rng.chance(0.7)).set("norm_eps", 1e-6);
+    config
+}
+
 /// `model.green_twins`.
 pub struct ModelGreenTwins;
 
@@ -328,16 +342,7 @@ impl Operation for ModelGreenTwins {
     const PAPER: &'static str = "2205.13515 GreenMIM";
 
     fn sample(rng: &mut Rng) -> Config {
-        let (stages, patch) = (rng.between(1, 3), rng.between(1, 2));
-        let (side, mut config) = (rng.between(1, 2) << (stages - 1), Config::default());
-        config.set("img_size", side * patch).set("patch_size", patch).set("in_chans", rng.between(1, 3));
-        let heads: Vec<usize> = (0..stages).map(|_| rng.between(1, 2)).collect();
-        config.set("embed_dims", heads.iter().map(|heads| heads * rng.between(2, 3)).collect::<Vec<_>>()).set("num_heads", heads);
-        config.set("mlp_ratios", (0..stages).map(|_| rng.between(1, 2)).collect::<Vec<_>>());
-        config.set("depths", (0..stages).map(|_| rng.between(1, 3)).collect::<Vec<_>>()).set("window_size", rng.between(1, 4));
-        config.set("sr_ratios", (0..stages).map(|i| rng.between(1, side >> i)).collect::<Vec<_>>());
-        config.set("qkv_bias", rng.chance(0.7)).set("norm_eps", 1e-6);
-        config
+        sample_encoder(rng, 1)
     }
 
     fn inputs(config: &Config, draw: &mut Draw) -> Result<()> {

@@ -38,8 +38,8 @@ impl PreNorm {
 
     /// The cost for `b` images of `n` tokens, beside the attention's (whose output is the block's middle).
     pub fn cost(dim: usize, mlp_ratio: f64, b: usize, n: usize) -> Result<Cost> {
-        let hidden = hidden_width(dim, mlp_ratio)?;
-        Ok(Cost { flops: 4 * b * n * dim * hidden, activation_bytes: 4 * b * n * (2 + 2 + hidden + dim) })
+        let statistics = Cost { flops: 0, activation_bytes: 4 * b * n * (2 + 2) };
+        Ok(Mlp::cost(dim, hidden_width(dim, mlp_ratio)?, b, n) + statistics)
     }
 
     /// The block's output. `attend(normed, x)` is the attention of the normed tokens plus the residual x.

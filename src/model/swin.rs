@@ -6,7 +6,7 @@
 
 use crate::attention::softmax::Settings as AttentionSettings;
 use crate::attention::window::{RelativeBias, qk_scale, shifted_windows};
-use crate::case::Config;
+use crate::case::{Config, Cost};
 use crate::error::{Error, Result};
 use crate::kernel::attention::Groups;
 use crate::kernel::rows;
@@ -102,6 +102,11 @@ impl PatchMerging {
     pub fn new(names: &mut Names, dim: usize, eps: f64, init: fn(usize, usize) -> Init) -> Self {
         let norm = LayerNorm::new(names.at("norm"), 4 * dim, eps);
         PatchMerging { norm, reduction: Linear::new(names.at("reduction"), 4 * dim, 2 * dim, false, init(4 * dim, 2 * dim)) }
+    }
+
+    /// The cost for `cells` merged cells in each of `b` images: the cells, their statistics and y are kept.
+    pub fn cost(dim: usize, b: usize, cells: usize) -> Cost {
+        Cost { flops: 2 * b * cells * 4 * dim * 2 * dim, activation_bytes: 4 * b * cells * (4 * dim + 2 + 2 * dim) }
     }
 
     /// `[B, N, C]` → `[B, cells/4, 2C]`.

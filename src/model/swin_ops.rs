@@ -1,10 +1,11 @@
 //! The operations of Swin: `block.swin`, `nn.patch_merging`, `model.swin`.
 
 use super::swin::{Encoder, PatchMerging, Plan, Settings, SwinBlock, clip_window, dense_cells};
-use super::vit_block::BlockSettings;
+use super::vit_block::{self, BlockSettings};
 use crate::attention::window::{sample_settings, settings, shifted_windows};
-use crate::case::{Config, Draw, Operation, Run};
+use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::{Error, Result};
+use crate::kernel::attention::Groups;
 use crate::nn::{Layout, Linear, Names, Params, normal_02};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
@@ -29,10 +30,10 @@ pub fn map_size(config: &Config) -> Result<[usize; 2]> {
 pub fn map_input<T: Float>(run: &Run<T>, map: [usize; 2], dim: usize) -> Result<Tensor<T>> {
     let x = run.input("x")?;
     let [_, tokens, c] = x.dims("input `x`")?;
-    if tokens == map[0] * map[1] && c == dim {
+    if map[0].checked_mul(map[1]) == Some(tokens) && c == dim {
         Ok(x)
     } else {
-        Err(Error::shape("input `x`", format!("[batch, {}, {dim}]", map[0] * map[1]), x.shape()))
+        Err(Error::shape("input `x`", format!("[batch, {}·{}, {dim}]", map[0], map[1]), x.shape()))
     }
 }
 
@@ -71,35 +72,33 @@ impl Operation for Block {
         Ok(())
     }
 
+    fn cost(config: &Config, inputs: &Shapes) -> Result<Option<Cost>> {
+        let ([b, n, _], (_, groups)) = (inputs.dims("x")?, Self::windows(config)?);
+        vit_block::Block::cost(&block_settings(config)?, b, n, &groups).map(Some)
+    }
+
     fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
         let config = run.config();
-        let (map, pad) = (map_size(config)?, config.bool("pad")?);
-        let (window, shift) = clip_window(map, config.positive("window_size")?, config.usize("shift_size")?, pad);
-        let groups = shifted_windows(map, window, shift, pad)?;
-        let (block, layout) = Layout::build(|names| SwinBlock::new(names, block_settings(config)?, window))?;
-        let x = map_input(run, map, config.usize("dim")?)?;
-        run_block(run, &block, &layout, x, &groups)
+        map_input(run, map_size(config)?, config.usize("dim")?)?;
+        let (window, groups) = Self::windows(config)?;
+        run_block(run, window, &groups)
     }
 }
 
-/// Runs a block forward and backward.
-pub fn run_block<T: Float>(
-    run: &mut Run<T>,
-    block: &SwinBlock,
-    layout: &std::sync::Arc<Layout>,
-    x: Tensor<T>,
-    groups: &crate::kernel::attention::Groups,
-) -> Result<()> {
-    let p = run.params(layout)?;
-    let (y, saved) = block.forward(&p, x, groups)?;
-    run.output("y", &y);
-    if run.backward() {
-        let mut g = run.zero_grads(&p);
-        let dx = block.backward(&p, &mut g, saved, groups, &run.cotangent("y", y.shape())?)?;
-        run.grad_input("x", &dx);
-        run.grad_params(&g);
+impl Block {
+    /// The window, clipped to the map, and the groups of tokens that attend to each other.
+    fn windows(config: &Config) -> Result<([usize; 2], Groups)> {
+        let (map, pad) = (map_size(config)?, config.bool("pad")?);
+        let (window, shift) = clip_window(map, config.positive("window_size")?, config.usize("shift_size")?, pad);
+        Ok((window, shifted_windows(map, window, shift, pad)?))
     }
-    Ok(())
+}
+
+/// Runs a block with windows of `window` over `groups` of `x`.
+pub fn run_block<T: Float>(run: &mut Run<T>, window: [usize; 2], groups: &Groups) -> Result<()> {
+    let settings = block_settings(run.config())?;
+    let (block, layout) = Layout::build(|names| SwinBlock::new(names, settings, window))?;
+    run.unary(&layout, |p, x| block.forward(p, x.clone(), groups), |p, g, saved, dy| block.backward(p, g, saved, groups, dy))
 }
 
 /// `nn.patch_merging`.
@@ -124,24 +123,25 @@ impl Operation for Merging {
         Ok(())
     }
 
+    fn cost(config: &Config, inputs: &Shapes) -> Result<Option<Cost>> {
+        let ([b, _, c], map, pad) = (inputs.dims("x")?, map_size(config)?, config.bool("pad")?);
+        Ok(Some(PatchMerging::cost(c, b, dense_cells(map, pad)?.len() / 4)))
+    }
+
     fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
         let config = run.config();
         let (map, dim) = (map_size(config)?, config.positive("dim")?);
+        map_input(run, map, dim)?;
         let cells = dense_cells(map, config.bool("pad")?)?;
-        let eps = config.f64("norm_eps")?;
-        let (layer, layout) = Layout::build(|names| Ok(PatchMerging::new(names, dim, eps, normal_02)))?;
-        let x = map_input(run, map, dim)?;
-        let p = run.params(&layout)?;
-        let (y, saved) = layer.forward(&p, &x, &cells)?;
-        run.output("y", &y);
-        if run.backward() {
-            let mut g = run.zero_grads(&p);
-            let dx = layer.backward(&p, &mut g, saved, &cells, &run.cotangent("y", y.shape())?)?;
-            run.grad_input("x", &dx);
-            run.grad_params(&g);
-        }
-        Ok(())
+        run_merging(run, dim, &cells)
     }
+}
+
+/// Runs patch merging over `cells` of `x`.
+pub fn run_merging<T: Float>(run: &mut Run<T>, dim: usize, cells: &[u32]) -> Result<()> {
+    let eps = run.config().f64("norm_eps")?;
+    let (layer, layout) = Layout::build(|names| Ok(PatchMerging::new(names, dim, eps, normal_02)))?;
+    run.unary(&layout, |p, x| layer.forward(p, x, cells), |p, g, saved, dy| layer.backward(p, g, saved, cells, dy))
 }
 
 /// The Swin classifier: encoder, mean over tokens, `head`.

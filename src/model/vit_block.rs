@@ -4,7 +4,7 @@
 //! units, 10 C numbers; the norms' outputs and `GELU` are recomputed.
 
 use crate::attention::softmax::{self, Attention, Settings};
-use crate::case::{Config, Draw, Operation, Run};
+use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::{Error, Result};
 use crate::kernel::attention::{Bias, Groups};
 use crate::nn::{Init, LayerNorm, LayerScale, Layout, Mlp, Names, Params, Stats, mlp};
@@ -72,6 +72,16 @@ impl Block {
         let mlp = Mlp::new(names.at("mlp"), dim, hidden_width(dim, mlp_ratio)?, init);
         let scale2 = scale(names, 1);
         Ok(Block { norm1, attn, scale1, norm2, mlp, scale2 })
+    }
+
+    /// The cost for `b` images of `n` tokens over `groups`.
+    pub fn cost(settings: &BlockSettings, b: usize, n: usize, groups: &Groups) -> Result<Cost> {
+        let dim = settings.attention.dim;
+        let mlp = Mlp::cost(dim, hidden_width(dim, settings.mlp_ratio)?, b, n);
+        // Statistics of both norms; with LayerScale, the two branches beside their sums.
+        let scaled = if settings.layer_scale.is_some() { 2 * dim } else { 0 };
+        let more = Cost { flops: 0, activation_bytes: 4 * b * n * (2 + 2 + scaled) };
+        Ok(Attention::cost(settings.attention, b, n, groups) + mlp + more)
     }
 
     /// The block's output.
@@ -161,22 +171,21 @@ impl Operation for VitBlock {
         Ok(())
     }
 
+    fn cost(config: &Config, inputs: &Shapes) -> Result<Option<Cost>> {
+        let [b, n, _] = inputs.dims("x")?;
+        Block::cost(&vit_block_settings(config, "dim", "num_heads", "mlp_ratio")?, b, n, &Groups::all(n, n)).map(Some)
+    }
+
     fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
         let settings = vit_block_settings(run.config(), "dim", "num_heads", "mlp_ratio")?;
         let (block, layout) = Layout::build(|names| Block::new(names, settings))?;
-        let p = run.params(&layout)?;
-        let x = run.input("x")?;
-        let [_, tokens, _] = x.dims("x")?;
+        let [_, tokens, _] = run.input("x")?.dims("input `x`")?;
         let groups = Groups::all(tokens, tokens);
-        let (y, saved) = block.forward(&p, x, &groups, None)?;
-        run.output("y", &y);
-        if run.backward() {
-            let mut g = run.zero_grads(&p);
-            let dx = block.backward(&p, &mut g, saved, &groups, None, &run.cotangent("y", y.shape())?)?;
-            run.grad_input("x", &dx);
-            run.grad_params(&g);
-        }
-        Ok(())
+        run.unary(
+            &layout,
+            |p, x| block.forward(p, x.clone(), &groups, None),
+            |p, g, saved, dy| block.backward(p, g, saved, &groups, None, dy),
+        )
     }
 }
 

@@ -5,7 +5,8 @@ use super::param::{Init, Names, Params};
 use crate::case::Cost;
 use crate::error::{Error, Result};
 use crate::kernel::cells::{self, Sizes};
-use crate::tensor::{Float, Tensor};
+use crate::linalg::{Epilogue, Mat, MatMut, gemm};
+use crate::tensor::{Buffer, Float, Tensor};
 
 /// Which tokens lie in which cell, in raster order; on a whole map, or among the visible tokens of a masked one.
 #[derive(Clone, Debug)]
@@ -119,7 +120,24 @@ impl CellConv {
     /// `[B, N, in]` → `[B, cells, out]`.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: &Tensor<T>, cells: &Cells) -> Result<Tensor<T>> {
         self.expect(x)?;
-        self.linear.forward(p, &cells.gather(x)?)
+        let gathered = cells.gather(x)?;
+        let ([batch, count, inputs], outputs) = (gathered.dims("gathered cells")?, self.linear.outputs());
+        let rows = batch * count;
+        if rows >= outputs {
+            return self.linear.forward(p, &gathered);
+        }
+        // Few cells under a large kernel: `yᵀ = W xᵀ` reads the weight in place and packs the cells.
+        let mut across = Buffer::<T>::scratch(outputs * rows);
+        let weight = Mat::new(p.get(self.linear.weight()), outputs, inputs);
+        gemm(weight, Mat::new(gathered.data(), rows, inputs).t(), MatMut::new(&mut across, outputs, rows), Epilogue::default());
+        let mut y = Tensor::scratch([batch, count, outputs]);
+        let bias = self.linear.bias().map(|b| p.get(b));
+        for (r, y) in y.data_mut().chunks_exact_mut(outputs).enumerate() {
+            for (o, y) in y.iter_mut().enumerate() {
+                *y = across[o * rows + r] + bias.map_or(T::ZERO, |b| b[o]);
+            }
+        }
+        Ok(y)
     }
 
     /// Adds the gradients of the parameters, and that of `x` to `dx`.

@@ -2,6 +2,7 @@
 
 use super::linear::Linear;
 use super::param::{Init, Names, Params};
+use crate::case::Cost;
 use crate::error::Result;
 use crate::tensor::{Float, Tensor};
 
@@ -33,6 +34,11 @@ impl Mlp {
         let fc1 = Linear::new(names.at(layers[0]), dim, hidden, true, first);
         let fc2 = Linear::new(names.at(layers[1]), hidden, dim, true, second);
         Mlp { fc1, fc2 }
+    }
+
+    /// The cost for `b` images of `n` tokens: the hidden units and the output are kept.
+    pub fn cost(dim: usize, hidden: usize, b: usize, n: usize) -> Cost {
+        Cost { flops: 4 * b * n * dim * hidden, activation_bytes: 4 * b * n * (hidden + dim) }
     }
 
     /// `fc2(GELU(fc1(x)))`, plus `residual`.
