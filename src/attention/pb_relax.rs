@@ -87,6 +87,7 @@ impl CogViewAttention {
     }
 
     /// `dz`.
+    #[allow(clippy::too_many_arguments)]
     pub fn backward<T: Float>(
         &self,
         p: &Params<T>,

@@ -29,7 +29,7 @@ const CHUNK: usize = 512;
 /// What a finite score must be above the best visible one to count.
 const NEGLIGIBLE: f64 = 1000.0;
 
-/// What a query sees: entries `0..far` and `from..to` of the list.
+/// What a query sees: entries `0..far` and `from..to` of the list; far ones only if the near ones begin later than they could.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
     /// How many of the far entries.
@@ -143,6 +143,8 @@ impl Pattern<'_> {
         };
         let size = (CHUNK / step).max(1) * step;
         let cut = move |range: Range<usize>| range.clone().step_by(size).map(move |start| start..(start + size).min(range.end));
+        // Where the near keys begin at the beginning, no far one lies before them.
+        let far = if everything || spans.iter().any(|s| s.from as usize > far) { far } else { 0 };
         cut(0..far).chain(cut(near))
     }
 

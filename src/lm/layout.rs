@@ -145,7 +145,10 @@ impl Operation for CogViewPositions {
     fn sample(rng: &mut Rng) -> Config {
         let mut config = Config::default();
         let rule = rng.pick(&["plain", "train", "inference"]);
-        config.set("roi2_id", 4).set("rule", rule);
+        config.set("rule", rule);
+        if rule != "plain" {
+            config.set("roi2_id", 4);
+        }
         if rule == "train" {
             config.set("max_positions", rng.between(1, 12));
         }
@@ -165,7 +168,7 @@ impl Operation for CogViewPositions {
         let rule = config.choice("rule", &["plain", "train", "inference"])?;
         let tokens = run.ints("tokens")?;
         let [_, n] = tokens.shape.dims("input `tokens`")?;
-        let roi2 = config.usize("roi2_id")? as i64;
+        let roi2 = if rule == "plain" { 0 } else { config.usize("roi2_id")? as i64 };
         let most = if rule == "train" { config.positive("max_positions")? } else { 0 };
         let mut ids = Vec::with_capacity(tokens.data.len());
         for row in tokens.data.chunks_exact(n.max(1)) {
