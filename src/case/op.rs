@@ -294,6 +294,11 @@ impl<'a, T: Float> Run<'a, T> {
         self.given.contains_key(&format!("input.{name}"))
     }
 
+    /// The shape of a buffer that the case brings, for one that is optional.
+    pub fn buffer_shape(&self, name: &str) -> Option<Shape> {
+        self.given.get(&format!("buffer.{name}")).map(Value::shape)
+    }
+
     /// An integer input.
     pub fn ints(&self, name: &str) -> Result<&'a IntTensor> {
         match self.given.get(&format!("input.{name}")) {
