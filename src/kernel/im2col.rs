@@ -6,6 +6,9 @@ use super::maps::Map;
 use crate::error::{Error, Result};
 use crate::tensor::Float;
 
+/// More padding than any network has.
+const MOST_PADDING: usize = 512;
+
 /// Where a convolution reads: output `(i, j)` and kernel position `(u, v)` meet at input
 /// `(i · stride − padding + u · dilation, …)`; outside the map is zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +31,7 @@ impl Geometry {
             let extent = kernel.checked_sub(1)?.checked_mul(dilation)?.checked_add(1)?;
             let padded = map[axis].checked_add(padding.checked_mul(2)?)?;
             // Padding beyond the kernel's reach makes rows of nothing but bias: legal, but not without bound.
-            let bounded = stride > 0 && dilation > 0 && padding <= extent.max(1 << 10);
+            let bounded = stride > 0 && dilation > 0 && padding <= MOST_PADDING;
             Some(padded.checked_sub(extent)?.checked_div(stride)? + 1).filter(|_| bounded)
         };
         match (side(0), side(1)) {
