@@ -17,7 +17,7 @@ use crate::case::{BenchSize, Benchmark, Config, Cost, Draw, Operation, Run, Shap
 use crate::error::{Error, Result};
 use crate::kernel::factorized::{exponentials, largest, products, softmax_gradient};
 use crate::kernel::pieces::{Piece, Pieces};
-use crate::linalg::{ColumnsMut, Mat, MatMut};
+use crate::linalg::{ColumnsMut, Epilogue, Mat, MatMut, gemm};
 use crate::nn::conv_position::{RelativePosition, Values, check_tokens, map_size, sample_heads};
 use crate::nn::{Init, Layout, Linear, Names, Params, normal_02};
 use crate::tensor::random::Rng;
@@ -295,6 +295,26 @@ impl FactorizedAttention {
         self.qkv.backward(p, g, x, &d_qkv)
     }
 
+    /// `s·Q Sᵀ`, `[B, h, N, N]`, which the layer itself never forms: how much of token j's value token i takes, to be looked at.
+    pub fn matrix<T: Float>(&self, saved: &Saved<T>) -> Result<Tensor<T>> {
+        let [batch, tokens, _] = saved.qkv.dims("qkv")?;
+        let plan = Plan { batch, tokens, c: self.dim, heads: self.heads, pieces: Pieces::new(batch, tokens, PIECE, PIECES) };
+        let (c, d, scale) = (self.dim, plan.d(), T::from_f64(self.scale));
+        let mut out = Tensor::scratch([batch, self.heads, tokens, tokens]);
+        let mut s = Buffer::<T>::scratch(tokens * c);
+        for (index, out) in out.data_mut().chunks_exact_mut((tokens * tokens).max(1)).enumerate() {
+            let (image, head) = (index / self.heads, index % self.heads);
+            if head == 0 {
+                let (max, inverse) = saved.state.data()[image * plan.state() + plan.products()..][..2 * c].split_at(c);
+                exponentials(&mut s, plan.rows(&saved.qkv, image, 0, tokens, c, c), max, Some(inverse), None);
+            }
+            let q = plan.rows(&saved.qkv, image, 0, tokens, head * d, d);
+            gemm(q, Mat::strided(&s[head * d..], tokens, d, c, 1).t(), MatMut::new(out, tokens, tokens), Epilogue::default());
+            out.iter_mut().for_each(|x| *x *= scale);
+        }
+        Ok(out)
+    }
+
     /// What [`forward`](Self::forward) costs.
     pub fn cost(&self, b: usize, map: [usize; 2]) -> Cost {
         let (n, c, d) = (1 + map[0] * map[1], self.dim, self.dim / self.heads);
@@ -420,5 +440,35 @@ impl Operation for FactorizedConv {
         let x = run.input("x")?;
         check_tokens("input `x`", &x, map, layer.dim)?;
         run.unary(&layout, |p, x| layer.forward(p, x, map, None), |p, g, saved, dy| layer.backward(p, g, &x, map, saved, dy))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::random::Purpose;
+
+    /// The matrix that may be looked at is the one that the layer applies.
+    #[test]
+    fn the_matrix_mixes_the_values() {
+        let (mut rng, map, c, heads) = (Rng::new(1, Purpose::Case, 0, 0), [5, 3], 6, 2);
+        let build = |names: &mut Names| {
+            let crpe = RelativePosition::new(names.at("crpe"), c, heads, &[3, 1], &[1, 1])?;
+            FactorizedAttention::new(names.here(), Settings { dim: c, num_heads: heads, qkv_bias: true, scale: None }, crpe, normal_02)
+        };
+        let (layer, layout) = Layout::build(build).expect("a legal layer");
+        let mut p = Params::<f64>::init(&layout, 3);
+        p.flat_mut().iter_mut().for_each(|x| *x += 0.5 * rng.normal());
+        let x = Tensor::from_fn([2, 16, c], |_| rng.normal());
+        let (_, saved) = layer.forward(&p, &x, map, None).expect("an output");
+        let matrix = layer.matrix(&saved).expect("a matrix");
+        for (i, &out) in saved.out.data().iter().enumerate() {
+            let (image, token, channel) = (i / (16 * c), i / c % 16, i % c);
+            let row = &matrix.data()[((image * heads + channel / 3) * 16 + token) * 16..][..16];
+            let qkv = |token: usize, column: usize| saved.qkv.data()[(image * 16 + token) * 3 * c + column];
+            let mixed: f64 = row.iter().enumerate().map(|(j, a)| a * qkv(j, 2 * c + channel)).sum();
+            let relative = if token == 0 { 0.0 } else { qkv(token, channel) * saved.u.data()[(image * 15 + token - 1) * c + channel] };
+            assert!((mixed + relative - out).abs() < 1e-12, "{i}: {} instead of {out}", mixed + relative);
+        }
     }
 }
