@@ -289,11 +289,6 @@ impl<'a, T: Float> Run<'a, T> {
         self.given.keys().filter_map(|name| name.strip_prefix("input.")).collect()
     }
 
-    /// The shape of a buffer that the case brings, for one that is optional.
-    pub fn buffer_shape(&self, name: &str) -> Option<Shape> {
-        self.given.get(&format!("buffer.{name}")).map(Value::shape)
-    }
-
     /// Whether an input is there.
     pub fn has_input(&self, name: &str) -> bool {
         self.given.contains_key(&format!("input.{name}"))
