@@ -8,6 +8,7 @@ pub mod cogview_sparse;
 pub mod dilated;
 pub mod factorized_conv;
 pub mod gaussian_mask;
+pub mod gaussian_mask_cait;
 pub mod gaussian_mask_swin;
 pub mod gaussian_mask_t2t;
 pub mod pb_relax;

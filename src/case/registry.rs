@@ -131,6 +131,7 @@ static OPERATIONS: &[Op] = &[
     Op::of::<crate::tokenizer::bpe::BpeOp>(),
     Op::of::<crate::attention::gaussian_mask::MaskGaussianMixture>(),
     Op::of::<crate::attention::gaussian_mask::GaussianMask>(),
+    Op::of::<crate::attention::gaussian_mask_cait::GaussianMaskCait>(),
     Op::of::<crate::attention::gaussian_mask_swin::GaussianMaskSwin>(),
     Op::of::<crate::attention::gaussian_mask_t2t::GaussianMaskT2t>(),
     Op::of::<crate::model::gmm_vit::GaussianMaskBlock>(),

@@ -7,6 +7,8 @@
 //! Up to [`SINGLE_PASS`] keys a block's scores are computed once, beyond that for a block of keys at a time, twice: for the maxima and
 //! sums first. Rows are padded to whole vectors; the padding holds zeros wherever it could be seen.
 //!
+//! With a [`Factor`] F on the scores, `F ⊙ S` stands for S: `dF = Σ d(F ⊙ S) ⊙ S`, `dS = F ⊙ d(F ⊙ S)`.
+//!
 //! Backward, from scores computed again: `dR_i = dO_i V_iᵀ`, `dV_i = R_iᵀ dO_i`; `dU_ij = ⟨dR_i, A_j⟩`, `du_i = Σ dR_i`,
 //! `dA_j = Σ_i U_ij dR_i`; `dL = A ⊙ (dA − δ)`, `δ = Σ_keys A ⊙ dA`; `dW_ij = ⟨dL_i, S_j⟩`; `dS_j = Σ_i W_ij dL_i`;
 //! `dQ = s dS K`, `dK = s dSᵀ Q`.
@@ -15,6 +17,7 @@ mod mix;
 
 use rayon::prelude::*;
 
+use super::attention::{AllHeads, Factor, ScoreBlock};
 use crate::linalg::{Mat, MatMut};
 use crate::tensor::{Buffer, Float};
 use mix::{Attend, Block, Exponentials, Gram, PullBack, Remix, ScoreGradient};
@@ -133,10 +136,23 @@ type Plan = (usize, usize);
 
 /// Forward: `out` `[batch · tokens, heads · dim]`, and `stats` `[batch · tokens, heads, 2]` with `(m, 1/Σ)`.
 pub fn forward<T: Float>(out: &mut [T], stats: &mut [T], qkv: &[T], mixing: Mixing<T>, sizes: Sizes) {
-    forward_by(sizes.plan(), out, stats, qkv, mixing, sizes);
+    forward_with(out, stats, qkv, mixing, None, sizes);
 }
 
-fn forward_by<T: Float>((rows, keys): Plan, out: &mut [T], stats: &mut [T], qkv: &[T], mixing: Mixing<T>, sizes: Sizes) {
+/// [`forward`] with a factor on the scores.
+pub fn forward_with<T: Float>(out: &mut [T], stats: &mut [T], qkv: &[T], mixing: Mixing<T>, factor: Option<Factor<T>>, sizes: Sizes) {
+    forward_by(sizes.plan(), out, stats, qkv, mixing, factor, sizes);
+}
+
+fn forward_by<T: Float>(
+    (rows, keys): Plan,
+    out: &mut [T],
+    stats: &mut [T],
+    qkv: &[T],
+    mixing: Mixing<T>,
+    factor: Option<Factor<T>>,
+    sizes: Sizes,
+) {
     let Sizes { batch, tokens, heads, dim } = sizes;
     let c = sizes.width();
     assert!(out.len() == batch * tokens * c && qkv.len() == 3 * out.len() && stats.len() == batch * tokens * heads * 2);
@@ -145,17 +161,22 @@ fn forward_by<T: Float>((rows, keys): Plan, out: &mut [T], stats: &mut [T], qkv:
     }
     let (before, after) = (transposed(mixing.before, heads), transposed(mixing.after, heads));
     let (kt, v) = (Packed::new(qkv, 1, true, keys, sizes), Packed::new(qkv, 2, false, keys, sizes));
+    let factor = factor.and_then(|factor| AllHeads::new(factor, heads, tokens));
     let room = Block { heads, rows, keys }.len();
     let task = |image: usize, first: usize, out: &mut [T], stats: &mut [T]| {
         let m = out.len() / c;
         let (mut q, mut s, mut a) = (Buffer::<T>::scratch(m * c), Buffer::<T>::scratch(room), Buffer::<T>::scratch(room));
-        let mut scaled = Buffer::<T>::scratch(heads * heads);
+        let (mut scaled, mut line) = (Buffer::<T>::scratch(heads * heads), Buffer::<T>::scratch(keys.min(tokens)));
         scaled_queries(&mut q, qkv, image * tokens + first, m, sizes);
         let blocks = || (0..kt.blocks).map(|index| (index, Block { heads, rows: m, keys: keys.min(tokens - index * keys) }));
-        let scores = |s: &mut [T], index: usize, block: Block| {
+        let mut scores = |s: &mut [T], index: usize, block: Block| {
             block.clear_padding(s);
             for a in 0..heads {
                 T::multiply_packed(Mat::new(&q[a * m * dim..], m, dim), kt.get(image, a, index), block.head_mut(s, a), false);
+                if let Some(factor) = &factor {
+                    let at = ScoreBlock { stride: block.stride(), query: first, key: index * keys, keys: block.keys };
+                    factor.multiply(&mut s[a * block.plane()..(a + 1) * block.plane()], a, at, &mut line);
+                }
             }
         };
         stats.chunks_exact_mut(2).for_each(|s| s.copy_from_slice(&[T::NEG_INFINITY, T::ZERO]));
@@ -190,7 +211,22 @@ fn forward_by<T: Float>((rows, keys): Plan, out: &mut [T], stats: &mut [T], qkv:
 
 /// Backward: `d_qkv` is written, the gradients of the mixing are added to.
 pub fn backward<T: Float>(d_qkv: &mut [T], d_mixing: MixingMut<T>, d_out: &[T], qkv: &[T], stats: &[T], mixing: Mixing<T>, sizes: Sizes) {
-    backward_by(sizes.plan(), d_qkv, d_mixing, d_out, qkv, stats, mixing, sizes);
+    backward_by(sizes.plan(), d_qkv, d_mixing, d_out, qkv, stats, mixing, None, sizes);
+}
+
+/// [`backward`] with a factor on the scores, and where its gradient is added to.
+#[allow(clippy::too_many_arguments)]
+pub fn backward_with<T: Float>(
+    d_qkv: &mut [T],
+    d_mixing: MixingMut<T>,
+    d_out: &[T],
+    qkv: &[T],
+    stats: &[T],
+    mixing: Mixing<T>,
+    factor: Option<(Factor<T>, &mut [T])>,
+    sizes: Sizes,
+) {
+    backward_by(sizes.plan(), d_qkv, d_mixing, d_out, qkv, stats, mixing, factor, sizes);
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -202,6 +238,7 @@ fn backward_by<T: Float>(
     qkv: &[T],
     stats: &[T],
     mixing: Mixing<T>,
+    factor: Option<(Factor<T>, &mut [T])>,
     sizes: Sizes,
 ) {
     let Sizes { batch, tokens, heads, dim } = sizes;
@@ -217,7 +254,10 @@ fn backward_by<T: Float>(
     let part_rows = tokens.div_ceil(rows).div_ceil(parts) * rows;
     let parts = tokens.div_ceil(part_rows);
     let mut d_kv = Buffer::<T>::zeros(batch * parts * tokens * 2 * c);
-    let mut d_mix = Buffer::<T>::zeros(batch * parts * (2 * square + heads));
+    let (factor, d_factor) = factor.unzip();
+    let factor = factor.and_then(|factor| AllHeads::new(factor, heads, tokens));
+    let mix_len = 2 * square + heads + factor.as_ref().map_or(0, AllHeads::grads_len);
+    let mut d_mix = Buffer::<T>::zeros(batch * parts * mix_len);
     let before = transposed(mixing.before, heads);
     let after = transposed(mixing.after, heads);
     let (k, kt, vt) =
@@ -232,7 +272,10 @@ fn backward_by<T: Float>(
         let packed = T::packed_len(rows, dim);
         let (mut q_packed, mut do_packed) = (Buffer::<T>::scratch(heads * packed), Buffer::<T>::scratch(heads * packed));
         let (d_before, rest) = d_mix.split_at_mut(square);
-        let (d_after, d_after_bias) = rest.split_at_mut(square);
+        let (d_after, rest) = rest.split_at_mut(square);
+        let (d_after_bias, d_tables) = rest.split_at_mut(heads);
+        let mut raw = Buffer::<T>::scratch(if factor.is_some() { room } else { 0 });
+        let mut line = Buffer::<T>::scratch(keys.min(tokens));
         for (i, d_qkv) in d_qkv.chunks_mut(rows * 3 * c).enumerate() {
             let (m, token) = (d_qkv.len() / (3 * c), image * tokens + first + i * rows);
             let stats = &stats[token * heads * 2..(token + m) * heads * 2];
@@ -246,12 +289,21 @@ fn backward_by<T: Float>(
             let delta = &mut delta[..m * heads];
             delta.fill(T::ZERO);
             // S, A, dR = dO Vᵀ and dA of a block of keys; δ too, unless it is known.
-            let again = |[s, a, r, d]: [&mut [T]; 4], delta: Option<&mut [T]>, index: usize, block: Block| {
+            let query = first + i * rows;
+            let place = |index: usize, block: Block| ScoreBlock { stride: block.stride(), query, key: index * keys, keys: block.keys };
+            let again = |[s, a, r, d, raw, line]: [&mut [T]; 6], delta: Option<&mut [T]>, index: usize, block: Block| {
                 block.clear_padding(s);
                 block.clear_padding(r);
                 for a in 0..heads {
                     T::multiply_packed(Mat::new(&q[a * m * dim..], m, dim), kt.get(image, a, index), block.head_mut(s, a), false);
                     T::multiply_packed(d_out_of(a), vt.get(image, a, index), block.head_mut(r, a), false);
+                }
+                if let Some(factor) = &factor {
+                    raw[..block.len()].copy_from_slice(&s[..block.len()]);
+                    for a in 0..heads {
+                        let plane = a * block.plane()..(a + 1) * block.plane();
+                        factor.multiply(&mut s[plane], a, place(index, block), line);
+                    }
                 }
                 block.count_mix();
                 T::dispatch(Attend { out: a, scores: &s[..block.len()], w: &before, stats, block });
@@ -261,11 +313,11 @@ fn backward_by<T: Float>(
             };
             let blocks = || (0..kt.blocks).map(|index| (index, Block { heads, rows: m, keys: keys.min(tokens - index * keys) }));
             for (index, block) in blocks() {
-                again([&mut s, &mut a, &mut r, &mut d], Some(delta), index, block);
+                again([&mut s, &mut a, &mut r, &mut d, &mut raw, &mut line], Some(delta), index, block);
             }
             for (index, block) in blocks() {
                 if kt.blocks > 1 {
-                    again([&mut s, &mut a, &mut r, &mut d], None, index, block);
+                    again([&mut s, &mut a, &mut r, &mut d, &mut raw, &mut line], None, index, block);
                 }
                 let all = block.len();
                 T::dispatch(ScoreGradient { d: &mut d[..all], weights: &a[..all], delta, block });
@@ -281,6 +333,12 @@ fn backward_by<T: Float>(
                 // S makes room for dS.
                 block.count_mix();
                 T::dispatch(PullBack { out: &mut s, x: &d[..all], w: mixing.before, weights: None, block });
+                if let Some(factor) = &factor {
+                    for a in 0..heads {
+                        let plane = a * block.plane()..(a + 1) * block.plane();
+                        factor.pull_back(&mut s[plane.clone()], &raw[plane], d_tables, a, place(index, block), &mut line);
+                    }
+                }
                 let from = index * keys * 2 * c;
                 for a in 0..heads {
                     let dq = MatMut::strided(&mut d_qkv[a * dim..], m, dim, 3 * c);
@@ -295,9 +353,9 @@ fn backward_by<T: Float>(
         }
     };
     let images = d_qkv.par_chunks_mut(tokens * 3 * c).zip(d_kv.par_chunks_mut(parts * tokens * 2 * c));
-    images.zip(d_mix.par_chunks_mut(parts * (2 * square + heads))).enumerate().for_each(|(image, ((d_qkv, d_kv), d_mix))| {
+    images.zip(d_mix.par_chunks_mut(parts * mix_len)).enumerate().for_each(|(image, ((d_qkv, d_kv), d_mix))| {
         let work = d_qkv.par_chunks_mut(part_rows * 3 * c).zip(d_kv.par_chunks_mut(tokens * 2 * c));
-        work.zip(d_mix.par_chunks_mut(2 * square + heads))
+        work.zip(d_mix.par_chunks_mut(mix_len))
             .enumerate()
             .for_each(|(i, ((d_qkv, d_kv), d_mix))| task(image, i * part_rows, d_qkv, d_kv, d_mix));
         d_qkv.par_chunks_mut(3 * c).enumerate().for_each(|(row, d)| {
@@ -311,14 +369,18 @@ fn backward_by<T: Float>(
             }
         });
     });
-    for part in d_mix.chunks_exact(2 * square + heads) {
+    for part in d_mix.chunks_exact(mix_len) {
         let totals = d_mixing.before.iter_mut().chain(d_mixing.after.iter_mut()).chain(d_mixing.after_bias.iter_mut());
         totals.zip(part).for_each(|(total, &x)| *total += x);
+    }
+    if let (Some(factor), Some(d_factor)) = (&factor, d_factor) {
+        d_mix.chunks_exact(mix_len).for_each(|part| factor.add_to(d_factor, &part[2 * square + heads..]));
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::attention::FactorTable;
     use super::*;
     use crate::tensor::random::{Purpose, Rng};
 
@@ -332,14 +394,17 @@ mod tests {
             let (qkv, d_out) = (normal(2 * tokens * 3 * c), normal(2 * tokens * c));
             let (before, after, after_bias) = (normal(heads * heads), normal(heads * heads), normal(heads));
             let mixing = Mixing { before: &before, after: &after, after_bias: &after_bias };
+            let values = normal(heads * tokens);
+            let factor = Factor { table: FactorTable::Distance { data: &values, grid: [1, tokens] }, prefix: 0 };
             let run = |plan: Plan| {
                 let (mut out, mut stats) = (vec![0.0; 2 * tokens * c], vec![0.0; 2 * tokens * heads * 2]);
-                forward_by(plan, &mut out, &mut stats, &qkv, mixing, sizes);
+                forward_by(plan, &mut out, &mut stats, &qkv, mixing, Some(factor), sizes);
                 let (mut d_qkv, mut w, mut u, mut b) =
                     (vec![0.0; qkv.len()], vec![0.0; heads * heads], vec![0.0; heads * heads], vec![0.0; heads]);
                 let grads = MixingMut { before: &mut w, after: &mut u, after_bias: &mut b };
-                backward_by(plan, &mut d_qkv, grads, &d_out, &qkv, &stats, mixing, sizes);
-                [out, d_qkv, w, u, b].concat()
+                let mut d_factor = vec![0.0; values.len()];
+                backward_by(plan, &mut d_qkv, grads, &d_out, &qkv, &stats, mixing, Some((factor, &mut d_factor)), sizes);
+                [out, d_qkv, w, u, b, d_factor].concat()
             };
             let whole = run((tokens, tokens));
             for plan in [(4, 16), (3, 5)] {

@@ -176,3 +176,67 @@ fn swin_oracle(q: &Question) -> Vec<(&'static str, Vec<f64>)> {
 fn windows_agree_with_plain_loops() {
     against_oracle("attention.gaussian_mask_swin", swin_oracle);
 }
+
+fn t2t_oracle(q: &Question) -> Vec<(&'static str, Vec<f64>)> {
+    let (n, c, e, h) = (q.dims("input.x")[1], q.usize("dim"), q.usize("in_dim"), q.usize("num_heads"));
+    let d = e / h;
+    let mut y = Vec::new();
+    for image in q.get("input.x").chunks_exact(n * c) {
+        let qkv: Vec<Vec<f64>> = image.chunks_exact(c).map(|token| q.linear("qkv", token)).collect();
+        let part = |token: usize, part: usize, head: usize| &qkv[token][part * e + head * d..part * e + (head + 1) * d];
+        for i in 0..n {
+            let mut out = vec![0.0; e];
+            for head in 0..h {
+                let logit = |j: usize| {
+                    let g = factor(q, "mask.", grid(&q.config), h, head, i, j);
+                    g * dot(part(i, 0, head), part(j, 1, head)) / ((c / h) as f64).sqrt()
+                };
+                for (j, p) in softmax(&(0..n).map(logit).collect::<Vec<_>>()).into_iter().enumerate() {
+                    out[head * d..(head + 1) * d].iter_mut().zip(part(j, 2, head)).for_each(|(o, v)| *o += p * v);
+                }
+            }
+            let skip = if h == 1 { &qkv[i][2 * e..] } else { &image[i * c..(i + 1) * c] };
+            y.extend(q.linear("proj", &out).iter().zip(skip).map(|(y, s)| y + s));
+        }
+    }
+    vec![("y", y)]
+}
+
+#[test]
+fn token_transformers_agree_with_plain_loops() {
+    against_oracle("attention.gaussian_mask_t2t", t2t_oracle);
+}
+
+fn cait_oracle(q: &Question) -> Vec<(&'static str, Vec<f64>)> {
+    let (n, c, h, d) = (q.dims("input.x")[1], q.usize("dim"), q.usize("heads"), q.usize("dim_head"));
+    let (pre, post) = (q.get("param.mix_heads_pre_attn"), q.get("param.mix_heads_post_attn"));
+    let mut y = Vec::new();
+    for image in q.get("input.x").chunks_exact(n * c) {
+        let qs: Vec<Vec<f64>> = image.chunks_exact(c).map(|token| q.linear("to_q", token)).collect();
+        let kv: Vec<Vec<f64>> = image.chunks_exact(c).map(|token| q.linear("to_kv", token)).collect();
+        for i in 0..n {
+            let own = |head: usize| head * d..(head + 1) * d;
+            let z = |head: usize, j: usize| {
+                let g = factor(q, "mask.", grid(&q.config), h, head, i, j);
+                g * dot(&qs[i][own(head)], &kv[j][own(head)]) / (d as f64).sqrt()
+            };
+            let weights: Vec<Vec<f64>> =
+                (0..h).map(|g| softmax(&(0..n).map(|j| (0..h).map(|a| z(a, j) * pre[a * h + g]).sum()).collect::<Vec<f64>>())).collect();
+            let mut out = vec![0.0; h * d];
+            for g in 0..h {
+                for j in 0..n {
+                    let weight: f64 = (0..h).map(|a| weights[a][j] * post[a * h + g]).sum();
+                    let v = &kv[j][h * d + g * d..h * d + (g + 1) * d];
+                    out[own(g)].iter_mut().zip(v).for_each(|(o, v)| *o += weight * v);
+                }
+            }
+            y.extend(q.linear("to_out.0", &out));
+        }
+    }
+    vec![("y", y)]
+}
+
+#[test]
+fn talking_heads_agree_with_plain_loops() {
+    against_oracle("attention.gaussian_mask_cait", cait_oracle);
+}

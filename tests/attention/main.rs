@@ -19,6 +19,7 @@ mod long;
 mod pb_relax;
 mod performer;
 mod retention;
+mod single_path;
 mod softmax;
 mod spatial_reduction;
 mod talking_heads;

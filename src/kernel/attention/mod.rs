@@ -20,6 +20,7 @@ use crate::linalg::{ColumnsMut, Dealt, Mat, MatMut, RowsMut, disjoint, par_block
 use crate::simd::{Kernel, Vector};
 use crate::tensor::{Buffer, Float};
 
+pub(crate) use terms::{AllHeads, ScoreBlock};
 use terms::{AllPlaces, Centre, HeadTerms, Keys, ScoreGradient, Scores, is_run};
 pub use terms::{Factor, FactorTable, Mask, TermGradients, Terms};
 

@@ -438,21 +438,116 @@ pub(super) fn reduce<T: Float>(
     }
     let (Some(d_factor), Some(factor), Some(_)) = (grads.factor, terms.factor, places.factor) else { return };
     for a in 0..heads {
-        for part in of_head(a) {
-            let part = &part[..factor_len];
-            match factor.table {
-                FactorTable::Dense { shared: true, .. } => crate::kernel::elementwise::add(d_factor, part),
-                FactorTable::Dense { .. } => crate::kernel::elementwise::add(&mut d_factor[a * factor_len..(a + 1) * factor_len], part),
-                FactorTable::Distance { grid: [h, w], .. } => {
-                    let rows = d_factor[a * h * w..(a + 1) * h * w].chunks_exact_mut(w);
-                    for (d, part) in rows.zip(part.chunks_exact(2 * w - 1)) {
-                        d[0] += part[w - 1];
-                        for dx in 1..w {
-                            d[dx] += part[w - 1 + dx] + part[w - 1 - dx];
-                        }
+        of_head(a).for_each(|part| factor.add_head(d_factor, a, &part[..factor_len]));
+    }
+}
+
+impl<T: Float> Factor<'_, T> {
+    /// Adds the gradient of one head's table, as the kernels gather it, to that of the values.
+    fn add_head(&self, d_factor: &mut [T], a: usize, part: &[T]) {
+        match self.table {
+            FactorTable::Dense { shared: true, .. } => crate::kernel::elementwise::add(d_factor, part),
+            FactorTable::Dense { .. } => crate::kernel::elementwise::add(&mut d_factor[a * part.len()..(a + 1) * part.len()], part),
+            FactorTable::Distance { grid: [h, w], .. } => {
+                let rows = d_factor[a * h * w..(a + 1) * h * w].chunks_exact_mut(w);
+                for (d, part) in rows.zip(part.chunks_exact(2 * w - 1)) {
+                    d[0] += part[w - 1];
+                    for dx in 1..w {
+                        d[dx] += part[w - 1 + dx] + part[w - 1 - dx];
                     }
                 }
             }
+        }
+    }
+}
+
+/// A [`Factor`] for a kernel of its own scores: all heads' tables, all tokens queries and keys in order.
+pub(crate) struct AllHeads<'a, T: Float> {
+    factor: Factor<'a, T>,
+    places: Places,
+    mirrored: Buffer<T>,
+    positions: Vec<u32>,
+    heads: usize,
+}
+
+/// Which scores a block holds: rows `stride` apart, of queries from `query` on and `keys` keys from `key` on.
+#[derive(Clone, Copy)]
+pub(crate) struct ScoreBlock {
+    pub stride: usize,
+    pub query: usize,
+    pub key: usize,
+    pub keys: usize,
+}
+
+impl<'a, T: Float> AllHeads<'a, T> {
+    pub fn new(factor: Factor<'a, T>, heads: usize, tokens: usize) -> Option<Self> {
+        let terms = Terms { factor: Some(factor), bias: None, mask: None };
+        let (places, room) = (terms.factor_places()?, terms.room());
+        let mut mirrored = Buffer::scratch(heads * room);
+        for (a, room) in mirrored.chunks_exact_mut(room.max(1)).enumerate() {
+            terms.head(a, room);
+        }
+        Some(AllHeads { factor, places, mirrored, positions: (0..tokens as u32).collect(), heads })
+    }
+
+    fn table(&self, a: usize) -> HeadTable<'_, T> {
+        let data = match self.factor.table {
+            FactorTable::Dense { data, shared: true, .. } => data,
+            FactorTable::Dense { data, side, .. } => &data[a * side * side..(a + 1) * side * side],
+            FactorTable::Distance { .. } => &self.mirrored[a * self.places.len()..(a + 1) * self.places.len()],
+        };
+        HeadTable { data, places: self.places }
+    }
+
+    /// The length of the gradients of all heads' tables.
+    pub fn grads_len(&self) -> usize {
+        self.heads * self.places.len()
+    }
+
+    /// Scores of head `a`, times F. `line` has room for one row.
+    pub fn multiply(&self, scores: &mut [T], a: usize, block: ScoreBlock, line: &mut [T]) {
+        T::dispatch(FactorScores { all: self, x: scores, raw: None, d_tables: &mut [], a, block, line });
+    }
+
+    /// `dF += dZ ⊙ S`, `dS = dZ ⊙ F`, where dZ was; `d_tables` are the gradients of all heads' tables.
+    pub fn pull_back(&self, dz: &mut [T], scores: &[T], d_tables: &mut [T], a: usize, block: ScoreBlock, line: &mut [T]) {
+        T::dispatch(FactorScores { all: self, x: dz, raw: Some(scores), d_tables, a, block, line });
+    }
+
+    /// Adds the gradients of all heads' tables to those of the values.
+    pub fn add_to(&self, d_factor: &mut [T], d_tables: &[T]) {
+        for (a, part) in d_tables.chunks_exact(self.places.len().max(1)).enumerate() {
+            self.factor.add_head(d_factor, a, part);
+        }
+    }
+}
+
+struct FactorScores<'a, 'b, T: Float> {
+    all: &'a AllHeads<'b, T>,
+    x: &'a mut [T],
+    raw: Option<&'a [T]>,
+    d_tables: &'a mut [T],
+    a: usize,
+    block: ScoreBlock,
+    line: &'a mut [T],
+}
+
+impl<T: Float> Kernel<T> for FactorScores<'_, '_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<V: Vector<T>>(self) {
+        let FactorScores { all, x, raw, d_tables, a, block, line } = self;
+        let (table, len) = (all.table(a), all.places.len());
+        let keys = Keys { positions: &all.positions[block.key..block.key + block.keys], run: true };
+        for (i, row) in x.chunks_mut(block.stride).enumerate() {
+            let (query, row) = ((block.query + i) as u32, &mut row[..block.keys]);
+            if let Some(raw) = raw {
+                line[..block.keys].copy_from_slice(&raw[i * block.stride..i * block.stride + block.keys]);
+                with_line::<T, V>(&mut line[..block.keys], row, |s, dz| s * dz);
+                let d_table = &mut d_tables[a * len..(a + 1) * len];
+                all.places.visit(query, keys, |at, j, n| add_run(d_table, at, &line[j..j + n]));
+            }
+            with_line::<T, V>(row, table.line(query, keys, line), |x, f| x * f);
         }
     }
 }
