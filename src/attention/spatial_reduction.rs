@@ -312,9 +312,12 @@ impl Operation for SpatialReductionAttention {
     }
 }
 
+/// A map, the positions of its visible tokens, and these.
+pub type VisibleInput<T> = ([usize; 2], Vec<[usize; 2]>, Tensor<T>);
+
 /// The visible tokens of an operation with inputs `x` `[B, N, C]` and `coords` `[N, 2]` on a `height × width` map; an error unless they are
 /// as many different places on the map.
-pub fn visible_input<T: Float>(run: &Run<T>) -> Result<([usize; 2], Vec<[usize; 2]>, Tensor<T>)> {
+pub fn visible_input<T: Float>(run: &Run<T>) -> Result<VisibleInput<T>> {
     let config = run.config();
     let map = [config.positive("height")?, config.positive("width")?];
     let coords = coordinates(run.ints("coords")?)?;

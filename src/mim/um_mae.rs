@@ -432,4 +432,24 @@ mod tests {
             16,
         );
     }
+
+    fn parameters(json: &str) -> usize {
+        let mut config = Config::parse(json).unwrap();
+        config.set("in_chans", 3).set("decoder_embed_dim", 512).set("decoder_num_heads", 16).set("vis_mask_ratio", 0.25);
+        UmMae::new(&config).unwrap().layout.numel()
+    }
+
+    /// The trainable parameters of the published models.
+    #[test]
+    fn published_sizes() {
+        let pvt = r#"{"encoder": "pvt", "img_size": 256, "patch_size": 4, "stride": 16, "embed_dims": [64, 128, 320, 512],
+            "depths": [3, 4, 6, 3], "num_heads": [1, 2, 5, 8], "mlp_ratios": [8, 8, 4, 4], "sr_ratios": [4, 2, 1, 1], "decoder_depth": 2}"#;
+        let swin = r#"{"encoder": "swin", "img_size": 256, "patch_size": 4, "stride": 16, "embed_dim": 96, "depths": [2, 2, 6, 2],
+            "num_heads": [3, 6, 12, 24], "mlp_ratio": 4, "window_size": 8, "posmlp_dim": 32, "decoder_depth": 2}"#;
+        let large = r#"{"encoder": "swin", "img_size": 256, "patch_size": 4, "stride": 16, "embed_dim": 192, "depths": [2, 2, 18, 2],
+            "num_heads": [6, 12, 24, 48], "mlp_ratio": 4, "window_size": 8, "posmlp_dim": 64, "decoder_depth": 8}"#;
+        let vit = r#"{"encoder": "vit", "img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_ratio": 4,
+            "decoder_depth": 2}"#;
+        assert_eq!([pvt, swin, large, vit].map(parameters), [28_522_560, 35_774_346, 223_698_612, 92_742_144]);
+    }
 }

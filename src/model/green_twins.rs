@@ -82,7 +82,7 @@ impl EncoderSettings {
 
     /// Tokens per side at a stage.
     fn side(&self, stage: usize) -> usize {
-        self.img_size / self.patch_size >> stage
+        (self.img_size / self.patch_size) >> stage
     }
 }
 
@@ -402,5 +402,19 @@ impl Operation for PegVisible {
         let near = neighbours::of_coords(&coords);
         let (layer, layout) = Layout::build(|names| Ok(Peg::new(names.at("proj.0"), x.shape()[2])))?;
         run.unary(&layout, |p, x| Ok((layer.forward(p, x, &near)?, ())), |p, g, (), dy| layer.backward(p, g, &x, &near, dy))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn published_size() {
+        let json = r#"{"img_size": 224, "patch_size": 4, "in_chans": 3, "embed_dims": [128, 256, 512, 1024], "num_heads": [4, 8, 16, 32],
+            "mlp_ratios": [4, 4, 4, 4], "depths": [2, 2, 18, 2], "window_size": 7, "sr_ratios": [8, 4, 2, 1], "qkv_bias": true}"#;
+        let settings = EncoderSettings::from_config(&Config::parse(json).unwrap()).unwrap();
+        let (_, layout) = Layout::build(|names| Encoder::new(names, settings)).unwrap();
+        assert_eq!(layout.numel(), 98_246_400);
     }
 }

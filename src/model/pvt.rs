@@ -528,3 +528,29 @@ impl Operation for ModelPvt {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parameters(style: &str, image: usize, depths: [usize; 4], sr_ratios: [usize; 4]) -> usize {
+        let mut config = Config::default();
+        config.set("img_size", image).set("patch_size", 4).set("in_chans", 3).set("num_classes", 1000);
+        config.set("embed_dims", vec![64, 128, 320, 512]).set("num_heads", vec![1, 2, 5, 8]).set("mlp_ratios", vec![8, 8, 4, 4]);
+        config.set("depths", depths.to_vec()).set("sr_ratios", sr_ratios.to_vec());
+        let layout = match style {
+            "um_mae" => Layout::build(|names| UmMae::new(names, &config)).unwrap().1,
+            _ => Layout::build(|names| V1::new(names, &config)).unwrap().1,
+        };
+        layout.numel()
+    }
+
+    #[test]
+    fn published_sizes() {
+        assert_eq!(parameters("um_mae", 256, [3, 4, 6, 3], [8, 4, 2, 1]), 21_546_728);
+        assert_eq!(parameters("pvt_v1", 224, [2, 2, 2, 2], [8, 4, 2, 1]), 13_229_288);
+        assert_eq!(parameters("pvt_v1", 224, [3, 4, 6, 3], [8, 4, 2, 1]), 24_485_864);
+        assert_eq!(parameters("pvt_v1", 224, [3, 4, 18, 3], [8, 4, 2, 1]), 44_208_104);
+        assert_eq!(parameters("pvt_v1", 224, [3, 8, 27, 3], [8, 4, 2, 1]), 61_369_320);
+    }
+}

@@ -495,3 +495,22 @@ impl Operation for ModelUmSwin {
         run.unary(&layout, |p, x| model.forward(p, x), |p, g, saved, dy| model.backward(p, g, saved, dy))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parameters(embed_dim: usize, depth: usize, heads: usize, posmlp_dim: usize) -> usize {
+        let mut config = Config::default();
+        config.set("img_size", 256).set("patch_size", 4).set("in_chans", 3).set("num_classes", 1000).set("embed_dim", embed_dim);
+        config.set("depths", vec![2, 2, depth, 2]).set("num_heads", vec![heads, 2 * heads, 4 * heads, 8 * heads]);
+        config.set("mlp_ratio", 4).set("window_size", 16).set("posmlp_dim", posmlp_dim);
+        Layout::build(|names| Classifier::new(names, &config)).unwrap().1.numel()
+    }
+
+    #[test]
+    fn published_sizes() {
+        assert_eq!(parameters(96, 6, 3, 32), 28_268_050);
+        assert_eq!(parameters(192, 18, 6, 64), 196_473_052);
+    }
+}
