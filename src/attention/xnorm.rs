@@ -152,6 +152,7 @@ impl Norms {
     }
 
     /// The gradient dZ of `KᵀV`, of queries, their norms and dO; adds `dγ_kv`.
+    #[allow(clippy::too_many_arguments)]
     pub fn unit_backward<T: Float>(
         &self,
         p: &Params<T>,
@@ -184,6 +185,7 @@ impl Norms {
 
     /// dQ into columns `0..E` of rows of `rows`, for the queries from `first` on, of their dO; `norms` become what
     /// [`add_gain`](Self::add_gain) needs.
+    #[allow(clippy::too_many_arguments)]
     pub fn queries_backward<T: Float>(
         &self,
         maps: &Maps<T>,

@@ -199,6 +199,7 @@ impl<T: Float> Maps<T> {
 
     /// `y_n (+)= x_n M` for every head of `rows` tokens of an image, on the calling thread. The tokens are rows `first…` of `x`; `y`
     /// holds as many rows of `stride`, the first head in column `to`.
+    #[allow(clippy::too_many_arguments)]
     pub fn apply(&self, image: usize, x: Operand<T>, first: usize, y: &mut [T], stride: usize, to: usize, add: bool) {
         let [inputs, outputs] = self.shape;
         let step = T::packed_len(inputs, outputs);

@@ -75,7 +75,7 @@ impl Settings {
 
 #[derive(Clone, Debug)]
 enum Mixer {
-    Dilated(Dilated),
+    Dilated(Box<Dilated>),
     Global(Box<Attention>),
 }
 
@@ -158,7 +158,7 @@ impl DilateBlock {
         let pos_embed = if settings.cpe { Some(PositionConv::new(names.at("pos_embed"), dim)?) } else { None };
         let norm1 = LayerNorm::new(names.at("norm1"), dim, NORM_EPS);
         let attn = match &settings.mixer {
-            MixerSettings::Dilated(s) => Mixer::Dilated(Dilated::new(names.at("attn"), s.clone())?),
+            MixerSettings::Dilated(s) => Mixer::Dilated(Box::new(Dilated::new(names.at("attn"), s.clone())?)),
             MixerSettings::Global(s) => Mixer::Global(Box::new(Attention::new(names.at("attn"), *s, normal_02)?)),
         };
         let norm2 = LayerNorm::new(names.at("norm2"), dim, NORM_EPS);

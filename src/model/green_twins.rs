@@ -206,7 +206,7 @@ impl Encoder {
                 Some((conv, LayerNorm::new(names.at("norm"), dim, eps)))
             };
             let block = |names: &mut Names, j: usize| -> Result<Block> {
-                let mixer = if j % 2 == 0 {
+                let mixer = if j.is_multiple_of(2) {
                     let settings = softmax::Settings { qkv_bias: s.qkv_bias, ..softmax::Settings::new(dim, num_heads) };
                     Mixer::Local(Attention::new(names.at("attn"), settings, xavier)?)
                 } else {

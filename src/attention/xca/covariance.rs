@@ -224,7 +224,7 @@ pub fn forward<T: Float>(
             elementwise::add(sums, &bias[..2 * c]);
         }
         let means: Vec<T> = sums.to_vec();
-        sums.iter_mut().for_each(|sum| *sum = *sum * count);
+        sums.iter_mut().for_each(|sum| *sum *= count);
         let rows = &mut rows.data_mut()[2 * b * c * c..2 * (b + 1) * c * c];
         gemm(Mat::new(qk, 2 * c, c), Mat::new(s.data(), c, c), MatMut::new(rows, 2 * c, c), Epilogue::default());
         // ‖q_i‖² = (W Σ)_i·w_i + N q̄_i², the first of terms about as large as Σ_j w_ij² Σ_jj
