@@ -60,7 +60,8 @@ impl FourierPosition {
         let axis = |n: usize| -> Vec<T> {
             let theta = |i: usize| std::f64::consts::TAU * (i + 1) as f64 / (n as f64 + 1e-6);
             let omega = |j: usize| libm::pow(self.temperature, (2 * (j / 2)) as f64 / hidden as f64);
-            let phi = |i: usize, j: usize| if j % 2 == 0 { libm::sin(theta(i) / omega(j)) } else { libm::cos(theta(i) / omega(j)) };
+            let phi =
+                |i: usize, j: usize| if j.is_multiple_of(2) { libm::sin(theta(i) / omega(j)) } else { libm::cos(theta(i) / omega(j)) };
             (0..n * hidden).map(|k| T::from_f64(phi(k / hidden, k % hidden))).collect()
         };
         let (by_row, by_col) = (axis(h), axis(w));
