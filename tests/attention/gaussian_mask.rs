@@ -214,11 +214,11 @@ fn cait_oracle(q: &Question) -> Vec<(&'static str, Vec<f64>)> {
     for image in q.get("input.x").chunks_exact(n * c) {
         let qs: Vec<Vec<f64>> = image.chunks_exact(c).map(|token| q.linear("to_q", token)).collect();
         let kv: Vec<Vec<f64>> = image.chunks_exact(c).map(|token| q.linear("to_kv", token)).collect();
-        for i in 0..n {
+        for (i, query) in qs.iter().enumerate() {
             let own = |head: usize| head * d..(head + 1) * d;
             let z = |head: usize, j: usize| {
                 let g = factor(q, "mask.", grid(&q.config), h, head, i, j);
-                g * dot(&qs[i][own(head)], &kv[j][own(head)]) / (d as f64).sqrt()
+                g * dot(&query[own(head)], &kv[j][own(head)]) / (d as f64).sqrt()
             };
             let weights: Vec<Vec<f64>> =
                 (0..h).map(|g| softmax(&(0..n).map(|j| (0..h).map(|a| z(a, j) * pre[a * h + g]).sum()).collect::<Vec<f64>>())).collect();
