@@ -69,7 +69,10 @@ fn check_bits(q: &Question) {
     }
 }
 
-fn check(q: &Question, oracle: Option<fn(&Question) -> Vec<(&'static str, Vec<f64>)>>) {
+/// Plain loops: the outputs by name.
+type Oracle = fn(&Question) -> Vec<(&'static str, Vec<f64>)>;
+
+fn check(q: &Question, oracle: Option<Oracle>) {
     for (name, expected) in oracle.map_or(Vec::new(), |oracle| oracle(q)) {
         assert_close(&format!("{} {name}", q.case.op), q.get(&format!("output.{name}")), &expected);
     }
