@@ -180,7 +180,7 @@ fn a_case_is_shown() {
 #[test]
 fn listed_operations_make_cases_that_pass() {
     let listed = exits(0, &["list", "ops"]);
-    assert_eq!(listed.lines().count(), operations().len());
+    assert_eq!(listed.lines().count(), operations().len() + 2, "one line each, a head and a foot");
     let json: serde_json::Value = serde_json::from_str(&exits(0, &["list", "--json"])).unwrap();
     assert_eq!(json.as_array().unwrap().len(), operations().len());
     let folder = tempfile::tempdir().unwrap();

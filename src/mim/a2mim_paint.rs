@@ -140,8 +140,8 @@ impl MaskToken {
             len if n > 0 && len == b * (n - 1) => 1,
             _ => return Err(Error::shape("mask", format!("{n} positions (or one fewer) for each of {b} images"), hidden.len())),
         };
-        if c != self.width {
-            return Err(Error::shape("features", format!("[batch, positions, {}]", self.width), x.shape()));
+        if c != self.width || c == 0 {
+            return Err(Error::shape("features", format!("[batch, positions, {}], at least one channel", self.width), x.shape()));
         }
         Ok([b, n, prefix])
     }

@@ -188,7 +188,7 @@ mod tests {
             let ids = bpe.encode(text);
             assert_eq!(bpe.decode(&ids).unwrap(), text);
         }
-        assert!(bpe.encode(corpus).len() < corpus.len() / 2);
+        assert!(bpe.encode(corpus).len() + bpe.merges().len() < corpus.len());
         assert!(bpe.decode(&[1000]).is_err());
     }
 
