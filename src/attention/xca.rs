@@ -8,7 +8,7 @@
 //! `M = diag(1/m^q) dG diag(1/m^k)`, `r^q_i = Σ_j dG_ij G_ij / m_i²`, `r^k_j = Σ_i dG_ij G_ij / m_j²` (0 where the norm is below ε):
 //! `dQ = K Mᵀ − Q diag(r^q)`, `dK = Q M − K diag(r^k)`. No normalised copy of q or k exists.
 //!
-//! Many tokens take another way to the same numbers, [`covariance`]: through `xᵀx` instead of q, k and v.
+//! Many tokens take another way to the same numbers, `covariance.rs`: through `xᵀx` instead of q, k and v.
 
 mod covariance;
 

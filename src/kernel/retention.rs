@@ -9,7 +9,7 @@
 //! `Q̄ = P̄ K + γ^{n+1} Ō Sᵀ`, `K̄ = P̄ᵀ Q + γ^{c−1−m} V S̄ᵀ`, `V̄ = ((Q Kᵀ) ∘ D)ᵀ Ō + γ^{c−1−m} K S̄`,
 //! `S̄ ← γ^c S̄ + Σ γ^{n+1} q_n ō_nᵀ`, from the last chunk to the first; the states are recomputed.
 //!
-//! Where images times heads are fewer than [`TASKS`], a sequence is cut into segments: their own contributions to S and S̄ come
+//! Where images times heads are fewer than `TASKS`, a sequence is cut into segments: their own contributions to S and S̄ come
 //! first, each from zero, are added up in order, and every segment starts from what it is then given.
 
 use std::ops::Range;

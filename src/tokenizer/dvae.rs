@@ -1,6 +1,6 @@
 //! `tokenizer.dvae`: the discrete VAE (DALL-E, arXiv 2102.12092), whose codes BEiT (arXiv 2106.08254) predicts.
 //!
-//! Two architectures: [`dalle`](super::dalle), [`simple`](super::simple). An image becomes logits over V codes for every 8×8 (or
+//! Two architectures: [`dalle`], [`simple`]. An image becomes logits over V codes for every 8×8 (or
 //! 2^L×2^L) pixels; codes, or distributions over codes, become an image again. DALL-E's networks see `0.8 x + 0.1` and their
 //! answer is undone by `clamp((sigmoid(raw) − 0.1)/0.8, 0, 1)`; both happen inside.
 //!

@@ -3,7 +3,7 @@
 //! Encoder `enc_b.blocks.{k}` (every layer counts): three halving convolutions (`stride` 6) or two and a 3×3 (`stride` 4) with ReLU
 //! between, residual blocks, ReLU, 1×1 to D channels. Decoder `dec.blocks.{k}`: transposed convolutions back. The ReLU that opens a
 //! residual block works in place in the release, so the skip carries it, too: `y = r + conv1×1(ReLU(conv3×3(r)))`, `r = ReLU(x)`.
-//! Codebook `quantize_t`: see [`vector_quantize`](crate::nn::vector_quantize).
+//! Codebook `quantize_t`: see [`vector_quantize`].
 //!
 //! Training: `loss = mean (recon − image)² + commitment · diff`. The release ignores its argument `decay` (always 0.99); here the key
 //! counts. As there, `channel` 2048 means no residual blocks.

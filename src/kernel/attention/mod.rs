@@ -8,7 +8,7 @@
 //! `dV = Pᵀ dO`, `dP = dO Vᵀ`, `δ_i = Σ_j O_ij dO_ij`, `dZ = P ⊙ (dP − δ)`, `dA = Σ dZ`, `dF = Σ dZ ⊙ S`, `dS = dZ ⊙ F`,
 //! `dQ = s dS K`, `dK = s dSᵀ Q` (`S = s Q Kᵀ`).
 //!
-//! Images and heads are separate tasks. Where these are fewer than [`TASKS`], the queries of a head are dealt out too (forward), or
+//! Images and heads are separate tasks. Where these are fewer than `TASKS`, the queries of a head are dealt out too (forward), or
 //! its groups, or the keys of its only group (backward; then `dQ` is a sum of parts, added in order).
 
 mod terms;
