@@ -6,7 +6,7 @@ use karat::case::{Case, Config, Run, Tensors, Value, find, new_case};
 use karat::tensor::Tensor;
 
 /// Largest difference over largest magnitude between an oracle and karat, both in float64.
-const TOLERANCE: f64 = 1e-10;
+const TOLERANCE: f64 = 1e-11;
 
 /// A question of one operation, with plain arrays by name.
 pub struct Question {
@@ -95,10 +95,15 @@ pub fn value(shape: &[usize], data: &[f64]) -> Value<f64> {
 
 /// Fails unless the arrays agree, relative to the largest magnitude.
 pub fn assert_close(what: &str, found: &[f64], expected: &[f64]) {
+    assert_within(TOLERANCE, what, found, expected);
+}
+
+/// [`assert_close`] with a tolerance of one's own.
+pub fn assert_within(tolerance: f64, what: &str, found: &[f64], expected: &[f64]) {
     assert_eq!(found.len(), expected.len(), "{what}: number of elements");
     let size = expected.iter().fold(1e-30f64, |m, x| m.max(x.abs()));
     for (i, (a, b)) in found.iter().zip(expected).enumerate() {
-        assert!((a - b).abs() <= TOLERANCE * size, "{what}, element {i}: {a} instead of {b}");
+        assert!((a - b).abs() <= tolerance * size, "{what}, element {i}: {a} instead of {b}");
     }
 }
 

@@ -3,7 +3,7 @@
 use karat::case::Value;
 use karat::tensor::Tensor;
 
-use crate::common::{Question, against_oracle, answer, assert_close, dot, for_seeds, softmax, value};
+use crate::common::{Question, against_oracle, answer, assert_close, assert_within, dot, for_seeds, softmax, value};
 
 const OP: &str = "attention.um_window";
 
@@ -74,6 +74,7 @@ fn off_the_grid_the_answer_is_continuous() {
         tensors.insert("input.pos_hw".into(), Value::Float(nudged));
         let results = answer(OP, &q.config, &tensors);
         let Value::Float(y) = &results["output.y"] else { panic!("{at}: y holds integers") };
-        assert_close(at, y.data(), q.get("output.y"));
+        // The nudges themselves move the answer: by some 1e-12 times the slope of the position MLP.
+        assert_within(1e-10, at, y.data(), q.get("output.y"));
     });
 }
