@@ -47,7 +47,7 @@ fn a_steady_training_step_allocates_nothing_large() {
     let data = Dataset::builtin(Split::Train).unwrap();
     // Small enough for a test; all buffers but the batch's are the default run's.
     let config = TrainConfig { length: Length::Steps(93), batch: 16, ..TrainConfig::default() };
-    let mut trainer = Trainer::new(&objective, &data, config).unwrap();
+    let mut trainer = Trainer::new(&*objective, &data, config).unwrap();
     rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap().install(|| {
         // Which buffers two threads ever need at the same time is up to the scheduler, so a busy machine may take longer to warm up:
         // large requests must die out, within one epoch (the next one makes its order of images).

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use karat::data::{Dataset, Split};
-use karat::mim::{Objective, StepKey};
+use karat::nn::{Batch, Objective, StepKey};
 use karat::nn::{Init, Layout, Params};
 use karat::tensor::Tensor;
 use karat::train::{CHECKPOINT, Checkpoint, Length, METRICS, STATE, Schedule, TrainConfig, Trainer, decay_runs, decays, read_metrics};
@@ -41,7 +41,7 @@ fn resume(folder: &Path, kill_after: Option<u64>) -> karat::Result<()> {
 }
 
 /// A panic in the progress callback stands for the kill: nothing after it runs, files stay as they are.
-fn run_until(trainer: &mut Trainer<Tiny>, folder: &Path, kill_after: Option<u64>) {
+fn run_until(trainer: &mut Trainer, folder: &Path, kill_after: Option<u64>) {
     let run = std::panic::AssertUnwindSafe(|| {
         trainer.run(folder, &mut |r| {
             if Some(r.step) == kill_after {
@@ -119,20 +119,20 @@ fn threads_do_not_matter() {
 #[test]
 fn tiny_gradient() {
     let objective = tiny();
-    let mut params = Params::<f64>::init(objective.layout(), 3);
-    let images = Tensor::from_fn([3, 1, 8, 8], |i| ((i * 37 % 101) as f64 / 50.0) - 1.0);
-    let key = StepKey { seed: 1, step: 2 };
+    let mut params = Params::<f32>::init(objective.layout(), 3);
+    let images = Tensor::from_fn([3, 1, 8, 8], |i| ((i * 37 % 101) as f32 / 50.0) - 1.0);
+    let batch = Batch { images: &images, labels: &[], key: StepKey { seed: 1, step: 2 } };
     let mut grads = Params::zeros(objective.layout());
-    objective.loss(&params, Some(&mut grads), &images, key).unwrap();
+    objective.loss(&params, Some(&mut grads), batch).unwrap();
     for at in (0..params.flat().len()).step_by(17) {
-        let (old, h) = (params.flat()[at], 1e-5);
-        let mut at_offset = |d: f64| {
+        let (old, h) = (params.flat()[at], 1e-2);
+        let mut at_offset = |d: f32| {
             params.flat_mut()[at] = old + d;
-            objective.loss(&params, None, &images, key).unwrap()
+            objective.loss(&params, None, batch).unwrap().value
         };
         let numeric = (at_offset(h) - at_offset(-h)) / (2.0 * h);
         at_offset(0.0);
-        assert!((numeric - grads.flat()[at]).abs() < 1e-8, "{at}: {numeric} {}", grads.flat()[at]);
+        assert!((numeric - grads.flat()[at]).abs() < 2e-4, "{at}: {numeric} {}", grads.flat()[at]);
     }
 }
 

@@ -14,7 +14,7 @@ use super::op::{Tensors, Value};
 use crate::data::{MAX_FILE_BYTES, npy};
 use crate::error::{Error, Result};
 use crate::fs::write_atomic;
-use crate::tensor::{IntTensor, Shape, Tensor};
+use crate::tensor::{IntTensor, Shape, Tensor, f16_to_f64};
 
 /// The version of the format that this karat reads and writes.
 const VERSION: &str = "1";
@@ -348,18 +348,6 @@ fn widen(stored: Stored, shape: Shape, data: &[u8]) -> Result<(Value<f64>, Optio
         Stored::BOOL => ints(each(data, |[b]| (b != 0).into())),
         other => Err(format!("elements of type {other}; expected F64, F32, F16, BF16, a signed integer, U8, U16, U32 or BOOL")),
     }
-}
-
-/// IEEE binary16, widened exactly.
-fn f16_to_f64(bits: u16) -> f64 {
-    let (exponent, fraction) = (i32::from(bits >> 10 & 31), f64::from(bits & 1023));
-    let magnitude = match exponent {
-        0 => libm::ldexp(fraction, -24),
-        31 if fraction == 0.0 => f64::INFINITY,
-        31 => f64::NAN,
-        _ => libm::ldexp(1024.0 + fraction, exponent - 25),
-    };
-    if bits >> 15 == 1 { -magnitude } else { magnitude }
 }
 
 #[cfg(test)]

@@ -8,8 +8,8 @@ use serde_json::{Value as Json, json};
 use super::{Outcome, say};
 use crate::case::{BenchSize, Op, Prepared, operations};
 use crate::error::Result;
-use crate::mim::Objective;
 use crate::mim::methods::{METHODS, build, default_image_size};
+use crate::model::zoo::{self, Model};
 
 /// List what karat has: operations with their papers, pre-training methods, networks
 #[derive(Args)]
@@ -69,11 +69,29 @@ impl List {
             }
             What::Models => {
                 let mut rows = Vec::new();
+                if !self.json {
+                    say(out, format!("{:<34}{:>7}{:>11}{:>9}  paper", "network", "pixels", "M params", "GMACs"))?;
+                }
+                for (family, variant) in zoo::variants() {
+                    let model = Model::named(variant.name, 1000, None)?;
+                    let (parameters, macs) = (model.build()?.layout.numel(), model.macs()?);
+                    if !self.json {
+                        let (m, g, paper) = (parameters as f64 / 1e6, macs / 1e9, model.paper());
+                        say(out, format!("{:<34}{:>7}{m:>11.2}{g:>9.2}  {paper}", variant.name, model.size))?;
+                    }
+                    rows.push(json!({
+                        "name": variant.name, "also": variant.also, "operation": family.op, "paper": model.paper(),
+                        "image_size": model.size, "parameters": parameters, "macs": macs,
+                    }));
+                }
+                if !self.json {
+                    say(out, format!("\n{:<34}{:>7}{:>11}  method", "network to pre-train", "pixels", "M params"))?;
+                }
                 for (m, &model) in METHODS.iter().flat_map(|m| m.models.iter().map(move |model| (m, model))) {
                     let size = default_image_size(model)?;
                     let parameters = build(m.name, model, size, None)?.layout().numel();
                     if !self.json {
-                        say(out, format!("{:<12}{:<10}{size:>4} pixels{:>10.2} M parameters", model, m.name, parameters as f64 / 1e6))?;
+                        say(out, format!("{model:<34}{size:>7}{:>11.2}  {}", parameters as f64 / 1e6, m.name))?;
                     }
                     rows.push(json!({ "name": model, "method": m.name, "image_size": size, "parameters": parameters }));
                 }

@@ -7,8 +7,8 @@ use image::{ExtendedColorType, ImageEncoder, codecs::png::PngEncoder};
 
 use crate::data::transform::Normalization;
 use crate::fs::write_atomic;
-use crate::mim::{Objective, StepKey};
-use crate::nn::Params;
+use crate::mim::MaskedModel;
+use crate::nn::{Params, StepKey};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 
@@ -18,9 +18,9 @@ const GAP: usize = 4;
 
 /// Writes a PNG with one column per image of `images` `[B, C, S, S]` and three rows: the original, what the network sees (hidden pixels
 /// grey), and its reconstruction with the visible pixels pasted in.
-pub fn reconstructions<O: Objective>(
+pub fn reconstructions(
     path: &Path,
-    objective: &O,
+    objective: &dyn MaskedModel,
     params: &Params<f32>,
     images: &Tensor<f32>,
     key: StepKey,

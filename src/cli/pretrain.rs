@@ -10,7 +10,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::{Outcome, picture, say};
 use crate::data::{Dataset, Loader, LoaderOptions, Split};
 use crate::fs::write_atomic;
-use crate::mim::{Objective, StepKey, methods};
+use crate::mim::{MaskedModel, methods};
+use crate::nn::StepKey;
 use crate::tensor::Tensor;
 use crate::train::{
     CHECKPOINT, Checkpoint, Length, METRICS, STATE, StepReport, TrainConfig, Trainer, prepare_folder, read_metrics, saved_config,
@@ -121,17 +122,17 @@ impl Pretrain {
             eprintln!("karat: left out: {error}");
         }
         let mut trainer = match &state {
-            Some(state) => Trainer::resume(&objective, &data, state)?,
-            None => Trainer::new(&objective, &data, config)?,
+            Some(state) => Trainer::resume(&*objective, &data, state)?,
+            None => Trainer::new(&*objective, &data, config)?,
         };
         // The state is in memory now; its file is about to be replaced.
         drop(state);
-        train(&mut trainer, &objective, &data, &folder, out)?;
+        train(&mut trainer, &*objective, &data, &folder, out)?;
         Ok(Outcome::Good)
     }
 }
 
-fn train<O: Objective>(trainer: &mut Trainer<O>, objective: &O, data: &Dataset, folder: &Path, out: &mut dyn Write) -> Result<()> {
+fn train(trainer: &mut Trainer, objective: &dyn MaskedModel, data: &Dataset, folder: &Path, out: &mut dyn Write) -> Result<()> {
     let config = trainer.config().clone();
     let (done, steps) = trainer.progress();
     // Read before the hours of training, not after.

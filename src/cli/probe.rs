@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::{Outcome, say};
 use crate::data::{Dataset, Split};
-use crate::mim::{Objective, methods};
+use crate::mim::methods;
 use crate::nn::Params;
 use crate::train::{CHECKPOINT, Checkpoint, TrainConfig, extract, pixels, probe, saved_config};
 use crate::{Error, Result};
@@ -65,7 +65,7 @@ impl Probe {
             say(out, "the same images serve for training and test: these are training accuracies")?;
         }
         say(out, format!("{:<22}{:>9}{:>15}{:>14}", "features", "numbers", "test accuracy", "weight decay"))?;
-        let features = |params: &Params<f32>, data: &Dataset| extract(&objective, params, data, transform.clone());
+        let features = |params: &Params<f32>, data: &Dataset| extract(&*objective, params, data, transform.clone());
         let raw = |data: &Dataset| pixels(data, transform.clone());
         for kind in ["pre-trained network", "untrained network", "pixels"] {
             let (a, b) = match kind {

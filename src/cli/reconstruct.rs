@@ -8,8 +8,8 @@ use clap::Args;
 use super::{Outcome, picture, say};
 use crate::Result;
 use crate::data::read_image;
-use crate::mim::{Objective, StepKey, methods};
-use crate::nn::Params;
+use crate::mim::methods;
+use crate::nn::{Params, StepKey};
 use crate::tensor::Tensor;
 use crate::tensor::random::{Purpose, Rng};
 use crate::train::{CHECKPOINT, Checkpoint, saved_config};
@@ -54,7 +54,7 @@ impl Reconstruct {
             transform.apply(&read_image(path)?, &mut Rng::new(self.seed, Purpose::Augment, 0, 0), pixels)?;
         }
         let key = StepKey { seed: self.seed, step: 0 };
-        picture::reconstructions(&self.output, &objective, &params, &images, key, config.normalization())?;
+        picture::reconstructions(&self.output, &*objective, &params, &images, key, config.normalization())?;
         say(out, format!("wrote {}", self.output.display()))?;
         Ok(Outcome::Good)
     }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use super::green_encoder::{self, GreenEncoder, Visible};
 use super::mask::{RandomMask, mask_tensor, random_mask};
 use super::pixels::{MaskedPixelLoss, PixelSaved, hidden_pixels};
-use super::{Objective, Reconstruction, StepKey};
+use super::{MaskedModel, Reconstruction};
 use crate::case::{Config, Draw, Operation, Run};
 use crate::error::Result;
 use crate::kernel::attention::Groups;
@@ -22,7 +22,7 @@ use crate::model::green_twins;
 use crate::model::swin_ops::{mean_tokens, sample_encoder};
 use crate::model::vit_block::{self, Block, BlockSettings};
 use crate::nn::mask_token::{mix_token, mix_token_backward};
-use crate::nn::{Init, LayerNorm, Layout, Linear, Names, Param, Params, Stats, xavier};
+use crate::nn::{Batch, Init, LayerNorm, Layout, Linear, Loss, Names, Objective, Param, Params, Stats, StepKey, xavier};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
@@ -73,6 +73,7 @@ impl GreenMim {
             mlp_ratio: ratio,
             norm_eps: eps,
             layer_scale: None,
+            drop_path: 0.0,
             init: xavier,
         };
         let mask_token = names.param("mask_token", [1, 1, dim], Init::NORMAL_02);
@@ -183,21 +184,24 @@ impl Objective for GreenMim {
         self.encoder.image()
     }
 
-    fn loss<T: Float>(&self, params: &Params<T>, grads: Option<&mut Params<T>>, images: &Tensor<T>, key: StepKey) -> Result<T> {
+    fn loss(&self, params: &Params<f32>, grads: Option<&mut Params<f32>>, batch: Batch) -> Result<Loss> {
+        let Batch { images, key, .. } = batch;
         let mask = self.draw(key)?;
         let hidden = mask.hidden();
         let (seen, latents) = (self.encoder.visible(&hidden)?, self.latent_rows(&mask, &hidden));
         let (pred, saved) = self.forward(params, images, &seen, &hidden, &latents)?;
         let (loss, pixels) = self.loss.forward(&pred, images, &hidden)?;
         if let Some(grads) = grads {
-            let d_pred = self.loss.backward(&pixels, &pred, T::ONE)?;
+            let d_pred = self.loss.backward(&pixels, &pred, 1.0)?;
             drop((pred, pixels));
             self.backward(params, grads, saved, &seen, &hidden, &latents, &d_pred, false)?;
         }
-        Ok(loss)
+        Ok(loss.into())
     }
+}
 
-    fn reconstruct<T: Float>(&self, params: &Params<T>, images: &Tensor<T>, key: StepKey) -> Result<Reconstruction<T>> {
+impl MaskedModel for GreenMim {
+    fn reconstruct(&self, params: &Params<f32>, images: &Tensor<f32>, key: StepKey) -> Result<Reconstruction> {
         let mask = self.draw(key)?;
         let hidden = mask.hidden();
         let (seen, latents) = (self.encoder.visible(&hidden)?, self.latent_rows(&mask, &hidden));
@@ -209,7 +213,7 @@ impl Objective for GreenMim {
         })
     }
 
-    fn features<T: Float>(&self, params: &Params<T>, images: &Tensor<T>) -> Result<Tensor<T>> {
+    fn features(&self, params: &Params<f32>, images: &Tensor<f32>) -> Result<Tensor<f32>> {
         let seen = self.encoder.visible(&vec![false; self.side * self.side])?;
         mean_tokens(&self.encoder.forward(params, images, &seen)?.0)
     }

@@ -13,12 +13,12 @@ use rayon::prelude::*;
 
 use super::mask::{RandomMask, mask_tensor, random_mask};
 use super::pixels::{MaskedPixelLoss, PixelSaved, hidden_pixels};
-use super::{Objective, Reconstruction, StepKey};
+use super::{MaskedModel, Reconstruction};
 use crate::case::{Config, Draw, Operation, Run};
 use crate::error::{Error, Result};
 use crate::kernel::{elementwise, rows};
 use crate::model::vit::{Encoder, EncoderSaved, EncoderSettings, Trunk, TrunkSaved, mae_block_settings};
-use crate::nn::{Init, Layout, Linear, Names, Param, Params, xavier};
+use crate::nn::{Batch, Init, Layout, Linear, Loss, Names, Objective, Param, Params, StepKey, xavier};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
@@ -221,16 +221,19 @@ impl Objective for Mae {
         (self.image, self.chans)
     }
 
-    fn loss<T: Float>(&self, params: &Params<T>, grads: Option<&mut Params<T>>, images: &Tensor<T>, key: StepKey) -> Result<T> {
+    fn loss(&self, params: &Params<f32>, grads: Option<&mut Params<f32>>, batch: Batch) -> Result<Loss> {
+        let Batch { images, key, .. } = batch;
         let [b, ..] = images.dims::<4>("images")?;
         let (loss, saved) = self.forward(params, images, &self.draw(b, key)?)?;
         if let Some(grads) = grads {
-            self.backward(params, grads, saved, T::ONE, None, false)?;
+            self.backward(params, grads, saved, 1.0, None, false)?;
         }
-        Ok(loss)
+        Ok(loss.into())
     }
+}
 
-    fn reconstruct<T: Float>(&self, params: &Params<T>, images: &Tensor<T>, key: StepKey) -> Result<Reconstruction<T>> {
+impl MaskedModel for Mae {
+    fn reconstruct(&self, params: &Params<f32>, images: &Tensor<f32>, key: StepKey) -> Result<Reconstruction> {
         let shape @ [b, _, _, _] = images.dims("images")?;
         let mask = self.draw(b, key)?;
         let (_, saved) = self.forward(params, images, &mask)?;
@@ -238,7 +241,7 @@ impl Objective for Mae {
         Ok(Reconstruction { hidden, predicted: self.loss.picture(&saved.pred, images)? })
     }
 
-    fn features<T: Float>(&self, params: &Params<T>, images: &Tensor<T>) -> Result<Tensor<T>> {
+    fn features(&self, params: &Params<f32>, images: &Tensor<f32>) -> Result<Tensor<f32>> {
         self.net.encoder.mean(&self.net.encoder.infer(params, images)?)
     }
 }
@@ -310,7 +313,8 @@ mod tests {
         let mae = Mae::new(&config).unwrap();
         let (side, chans) = mae.image_shape();
         let p = Params::<f32>::init(&mae.layout, 1);
-        let error = mae.loss(&p, None, &Tensor::zeros([1, chans, side, side]), StepKey { seed: 1, step: 0 }).unwrap_err();
+        let batch = Batch { images: &Tensor::zeros([1, chans, side, side]), labels: &[], key: StepKey { seed: 1, step: 0 } };
+        let error = mae.loss(&p, None, batch).unwrap_err();
         assert!(error.to_string().contains("mask_ratio"), "{error}");
     }
 

@@ -1,17 +1,13 @@
 //! The objectives and the networks they serve, by name.
 
-use std::sync::Arc;
-
 use serde_json::json;
 
+use super::MaskedModel;
 use super::greenmim::GreenMim;
 use super::mae::Mae;
 use super::simmim::SimMim;
-use super::{Objective, Reconstruction, StepKey};
 use crate::case::Config;
 use crate::error::{Error, Result};
-use crate::nn::{Layout, Params};
-use crate::tensor::{Float, Tensor};
 
 /// A pre-training method.
 pub struct Method {
@@ -70,26 +66,6 @@ pub static METHODS: &[Method] = &[
     Method { name: "simmim", paper: "2111.09886 SimMIM", models: &SWIN },
 ];
 
-/// An objective chosen at run time.
-pub enum AnyObjective {
-    /// GreenMIM with a Swin encoder.
-    GreenMim(Box<GreenMim>),
-    /// SimMIM.
-    SimMim(Box<SimMim>),
-    /// MAE.
-    Mae(Box<Mae>),
-}
-
-macro_rules! each {
-    ($any:expr, $objective:ident => $body:expr) => {
-        match $any {
-            AnyObjective::GreenMim($objective) => $body,
-            AnyObjective::SimMim($objective) => $body,
-            AnyObjective::Mae($objective) => $body,
-        }
-    };
-}
-
 /// The configuration of `method` on `model` for images of `image_size` pixels, as `mim.*` cases spell it.
 pub fn config(method: &str, model: &str, image_size: usize, mask_ratio: Option<f64>) -> Result<Config> {
     let found =
@@ -143,29 +119,11 @@ pub fn default_image_size(model: &str) -> Result<usize> {
 }
 
 /// The objective `method` on `model`; `mask_ratio` is the method's own where it is not given.
-pub fn build(method: &str, model: &str, image_size: usize, mask_ratio: Option<f64>) -> Result<AnyObjective> {
+pub fn build(method: &str, model: &str, image_size: usize, mask_ratio: Option<f64>) -> Result<Box<dyn MaskedModel>> {
     let config = config(method, model, image_size, mask_ratio)?;
     Ok(match method {
-        "greenmim" => AnyObjective::GreenMim(Box::new(GreenMim::new(&config)?)),
-        "simmim" => AnyObjective::SimMim(Box::new(SimMim::new(&config)?)),
-        _ => AnyObjective::Mae(Box::new(Mae::new(&config)?)),
+        "greenmim" => Box::new(GreenMim::new(&config)?),
+        "simmim" => Box::new(SimMim::new(&config)?),
+        _ => Box::new(Mae::new(&config)?),
     })
-}
-
-impl Objective for AnyObjective {
-    fn layout(&self) -> &Arc<Layout> {
-        each!(self, o => o.layout())
-    }
-    fn image_shape(&self) -> (usize, usize) {
-        each!(self, o => o.image_shape())
-    }
-    fn loss<T: Float>(&self, params: &Params<T>, grads: Option<&mut Params<T>>, images: &Tensor<T>, key: StepKey) -> Result<T> {
-        each!(self, o => o.loss(params, grads, images, key))
-    }
-    fn reconstruct<T: Float>(&self, params: &Params<T>, images: &Tensor<T>, key: StepKey) -> Result<Reconstruction<T>> {
-        each!(self, o => o.reconstruct(params, images, key))
-    }
-    fn features<T: Float>(&self, params: &Params<T>, images: &Tensor<T>) -> Result<Tensor<T>> {
-        each!(self, o => o.features(params, images))
-    }
 }

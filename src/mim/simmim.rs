@@ -11,11 +11,11 @@ use super::mask::{CoarseMask, read_mask};
 use super::pixels::{DECODER_CHANS, L1Saved, MaskedL1Loss, PixelDecoder, hidden_pixels};
 use super::simmim_swin::{self, SimMimSwin};
 use super::simmim_vit::{self, SimMimVit};
-use super::{Objective, Reconstruction, StepKey};
+use super::{MaskedModel, Reconstruction};
 use crate::case::{Config, Draw, Operation, Run};
 use crate::error::{Error, Result};
 use crate::kernel::{elementwise, reduce};
-use crate::nn::{Layout, Names, Params};
+use crate::nn::{Batch, Layout, Loss, Names, Objective, Params, StepKey};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
@@ -186,16 +186,19 @@ impl Objective for SimMim {
         (self.image, DECODER_CHANS)
     }
 
-    fn loss<T: Float>(&self, params: &Params<T>, grads: Option<&mut Params<T>>, images: &Tensor<T>, key: StepKey) -> Result<T> {
+    fn loss(&self, params: &Params<f32>, grads: Option<&mut Params<f32>>, batch: Batch) -> Result<Loss> {
+        let Batch { images, key, .. } = batch;
         let [b, ..] = images.dims::<4>("images")?;
         let (loss, saved) = self.forward(params, images, &self.draw(b, key)?)?;
         if let Some(grads) = grads {
-            self.backward(params, grads, saved, T::ONE, None, None)?;
+            self.backward(params, grads, saved, 1.0, None, None)?;
         }
-        Ok(loss)
+        Ok(loss.into())
     }
+}
 
-    fn reconstruct<T: Float>(&self, params: &Params<T>, images: &Tensor<T>, key: StepKey) -> Result<Reconstruction<T>> {
+impl MaskedModel for SimMim {
+    fn reconstruct(&self, params: &Params<f32>, images: &Tensor<f32>, key: StepKey) -> Result<Reconstruction> {
         let shape @ [b, _, _, _] = images.dims("images")?;
         let hidden = self.draw(b, key)?;
         let (_, saved) = self.forward(params, images, &hidden)?;
@@ -203,13 +206,13 @@ impl Objective for SimMim {
         Ok(Reconstruction { hidden: hidden_pixels(&hidden, shape, self.patch)?, predicted })
     }
 
-    fn features<T: Float>(&self, params: &Params<T>, images: &Tensor<T>) -> Result<Tensor<T>> {
+    fn features(&self, params: &Params<f32>, images: &Tensor<f32>) -> Result<Tensor<f32>> {
         let tokens = self.encoder.infer(params, images)?;
         let [b, n, c] = tokens.dims("tokens")?;
         let mut mean = Tensor::zeros([b, c]);
         for (mean, x) in mean.data_mut().chunks_exact_mut(c).zip(tokens.data().chunks_exact(n * c)) {
             reduce::add_column_sums(mean, x);
-            mean.iter_mut().for_each(|x| *x = *x / T::of(n));
+            mean.iter_mut().for_each(|x| *x = *x / n as f32);
         }
         Ok(mean)
     }

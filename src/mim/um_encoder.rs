@@ -13,7 +13,7 @@ use crate::kernel::{elementwise, rows};
 use crate::model::pvt;
 use crate::model::um_swin::{self, Positions};
 use crate::model::vit::{Trunk, TrunkSaved, mae_block_settings};
-use crate::nn::{Init, LayerNorm, Names, Param, Params, PatchEmbed, Stats, patch_embed, xavier};
+use crate::nn::{Init, LayerNorm, Names, Param, Params, Pass, PatchEmbed, Stats, patch_embed, xavier};
 use crate::tensor::{Float, Tensor};
 
 /// What the encoder works on: the kept patches of every image, and which of them are secondarily masked.
@@ -269,7 +269,7 @@ impl Encoder {
                 rows::add_table(x.data_mut(), rest);
                 let mut class = Tensor::new([self.dim], p.get(*class))?;
                 elementwise::add(class.data_mut(), front);
-                without_row(&trunk.infer(p, with_row(&x, class.data())?)?, &mut vec![T::ZERO; self.dim])
+                without_row(&trunk.forward(&p.run_as(Pass::Infer), with_row(&x, class.data())?)?.0, &mut vec![T::ZERO; self.dim])
             }
         }
     }

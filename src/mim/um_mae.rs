@@ -17,13 +17,13 @@ use super::mask::mask_tensor;
 use super::pixels::{MaskedPixelLoss, PixelSaved, hidden_pixels};
 use super::um_encoder::{self, Encoder, Seen, with_row, without_row};
 use super::uniform::{Compact, SecondaryRule, draw_uniform, kept_patches, read_mask_rows, secondary_mask, uniform_mask};
-use super::{Objective, Reconstruction, StepKey};
+use super::{MaskedModel, Reconstruction};
 use crate::case::{Config, Draw, Operation, Run};
 use crate::error::{Error, Result};
 use crate::kernel::{elementwise, rows};
 use crate::model::swin_ops::mean_tokens;
 use crate::model::vit::{Trunk, TrunkSaved, mae_block_settings};
-use crate::nn::{Init, Layout, Linear, Names, Param, Params, xavier};
+use crate::nn::{Batch, Init, Layout, Linear, Loss, Names, Objective, Param, Params, StepKey, xavier};
 use crate::tensor::random::{Purpose, Rng};
 use crate::tensor::{Float, IntTensor, Tensor};
 
@@ -304,17 +304,20 @@ impl Objective for UmMae {
         (self.image, 3)
     }
 
-    fn loss<T: Float>(&self, params: &Params<T>, grads: Option<&mut Params<T>>, images: &Tensor<T>, key: StepKey) -> Result<T> {
+    fn loss(&self, params: &Params<f32>, grads: Option<&mut Params<f32>>, batch: Batch) -> Result<Loss> {
+        let Batch { images, key, .. } = batch;
         let [batch, ..] = images.dims::<4>("images")?;
         let masks = self.draw(batch, key)?;
         let (loss, saved) = self.forward(params, images, &masks)?;
         if let Some(grads) = grads {
-            self.backward(params, grads, saved, &masks, T::ONE, None)?;
+            self.backward(params, grads, saved, &masks, 1.0, None)?;
         }
-        Ok(loss)
+        Ok(loss.into())
     }
+}
 
-    fn reconstruct<T: Float>(&self, params: &Params<T>, images: &Tensor<T>, key: StepKey) -> Result<Reconstruction<T>> {
+impl MaskedModel for UmMae {
+    fn reconstruct(&self, params: &Params<f32>, images: &Tensor<f32>, key: StepKey) -> Result<Reconstruction> {
         let shape @ [batch, _, _, _] = images.dims("images")?;
         let masks = self.draw(batch, key)?;
         let (_, saved) = self.forward(params, images, &masks)?;
@@ -322,7 +325,7 @@ impl Objective for UmMae {
         Ok(Reconstruction { hidden, predicted: self.loss.picture(&saved.in_raster, images)? })
     }
 
-    fn features<T: Float>(&self, params: &Params<T>, images: &Tensor<T>) -> Result<Tensor<T>> {
+    fn features(&self, params: &Params<f32>, images: &Tensor<f32>) -> Result<Tensor<f32>> {
         mean_tokens(&self.net.encoder.whole(params, images)?)
     }
 }

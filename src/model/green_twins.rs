@@ -110,11 +110,11 @@ impl Block {
     fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>, plan: &StagePlan) -> Result<(Tensor<T>, BlockSaved<T>)> {
         self.pre_norm.forward(p, x, |normed, residual| match &self.mixer {
             Mixer::Local(attn) => {
-                let (y, saved) = attn.forward(p, normed, &plan.windows, None, Some(residual))?;
+                let (y, saved) = attn.forward(p, normed, &plan.windows, None, residual)?;
                 Ok((y, MixerSaved::Local(saved)))
             }
             Mixer::Global(attn) => {
-                let (y, saved) = attn.forward(p, normed, &plan.reduced, Some(residual))?;
+                let (y, saved) = attn.forward(p, normed, &plan.reduced, residual)?;
                 Ok((y, MixerSaved::Global(saved)))
             }
         })
@@ -214,7 +214,7 @@ impl Encoder {
                         Settings { dim, num_heads, sr_ratio: s.sr_ratios[i], mode: Mode::Conv, qkv_bias: s.qkv_bias, norm_eps: eps };
                     Mixer::Global(SpatialReduction::new(&mut names.at("attn"), settings, xavier)?)
                 };
-                Ok(Block { mixer, pre_norm: PreNorm::new(names, dim, s.mlp_ratios[i], eps, xavier)? })
+                Ok(Block { mixer, pre_norm: PreNorm::new(names, dim, s.mlp_ratios[i], eps, 0.0, xavier)? })
             };
             let blocks = (0..s.depths[i]).map(|j| block(&mut names.at(format!("blocks.{i}.{j}")), j)).collect::<Result<_>>()?;
             stages.push(Stage { embed, blocks, peg: Peg::new(names.at(format!("pos_block.{i}.proj.0")), dim) });

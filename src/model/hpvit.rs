@@ -124,7 +124,7 @@ impl Settings {
 
     fn block(&self) -> BlockSettings {
         let attention = AttentionSettings { qkv_bias: self.qkv_bias, ..AttentionSettings::new(self.embed_dim, self.num_heads) };
-        BlockSettings { attention, mlp_ratio: self.mlp_ratio, norm_eps: self.norm_eps, layer_scale: None, init: xavier }
+        BlockSettings { attention, mlp_ratio: self.mlp_ratio, norm_eps: self.norm_eps, layer_scale: None, drop_path: 0.0, init: xavier }
     }
 
     /// Whom block `i` of stage `s` attends to on a map.

@@ -7,7 +7,7 @@ use super::swin_ops::{mean_tokens, mean_tokens_backward};
 use super::vit_block::hidden_width;
 use crate::case::Cost;
 use crate::error::Result;
-use crate::nn::{Init, LayerNorm, Linear, Mlp, Names, Params, Stats, mlp};
+use crate::nn::{DropPath, Init, LayerNorm, Linear, Mlp, Names, Params, Stats, mlp};
 use crate::tensor::{Float, Tensor};
 
 /// Everything of a block but its attention: `norm1`, `norm2`, `mlp`.
@@ -16,6 +16,7 @@ pub struct PreNorm {
     norm1: LayerNorm,
     norm2: LayerNorm,
     mlp: Mlp,
+    drops: [DropPath; 2],
 }
 
 /// What the backward pass needs; S is what the attention keeps.
@@ -29,11 +30,12 @@ pub struct Saved<T: Float, S> {
 }
 
 impl PreNorm {
-    /// Registers `norm1`, `norm2` and `mlp`.
-    pub fn new(names: &mut Names, dim: usize, mlp_ratio: f64, eps: f64, init: fn(usize, usize) -> Init) -> Result<Self> {
+    /// Registers `norm1`, `norm2` and `mlp`; `drop_path` is the probability that a branch is left out in training.
+    pub fn new(names: &mut Names, dim: usize, mlp_ratio: f64, eps: f64, drop_path: f64, init: fn(usize, usize) -> Init) -> Result<Self> {
         let hidden = hidden_width(dim, mlp_ratio)?;
         let [norm1, norm2] = ["norm1", "norm2"].map(|name| LayerNorm::new(names.at(name), dim, eps));
-        Ok(PreNorm { norm1, norm2, mlp: Mlp::new(names.at("mlp"), dim, hidden, init) })
+        let drops = [DropPath::new(names, drop_path)?, DropPath::new(names, drop_path)?];
+        Ok(PreNorm { norm1, norm2, mlp: Mlp::new(names.at("mlp"), dim, hidden, init), drops })
     }
 
     /// The cost for `b` images of `n` tokens, beside the attention's (whose output is the block's middle).
@@ -42,17 +44,17 @@ impl PreNorm {
         Ok(Mlp::cost(dim, hidden_width(dim, mlp_ratio)?, b, n) + statistics)
     }
 
-    /// The block's output. `attend(normed, x)` is the attention of the normed tokens plus the residual x.
+    /// The block's output. `attend(normed, residual)` is the attention of the normed tokens, plus the residual if there is one.
     pub fn forward<T: Float, S>(
         &self,
         p: &Params<T>,
         x: Tensor<T>,
-        attend: impl FnOnce(&Tensor<T>, &Tensor<T>) -> Result<(Tensor<T>, S)>,
+        attend: impl FnOnce(&Tensor<T>, Option<&Tensor<T>>) -> Result<(Tensor<T>, S)>,
     ) -> Result<(Tensor<T>, Saved<T, S>)> {
         let (normed, stats1) = self.norm1.forward(p, &x)?;
-        let (middle, attn) = attend(&normed, &x)?;
+        let (middle, attn) = self.drops[0].residual(p, &x, |residual| attend(&normed, residual))?;
         let (normed, stats2) = self.norm2.forward(p, &middle)?;
-        let (y, mlp) = self.mlp.forward(p, &normed, Some(&middle))?;
+        let (y, mlp) = self.drops[1].residual(p, &middle, |residual| self.mlp.forward(p, &normed, residual))?;
         Ok((y, Saved { x, stats1, attn, middle, stats2, mlp }))
     }
 
@@ -67,12 +69,12 @@ impl PreNorm {
     ) -> Result<Tensor<T>> {
         let Saved { x, stats1, attn, middle, stats2, mlp } = saved;
         let normed = self.norm2.again(p, &middle, &stats2);
-        let d_normed = self.mlp.backward(p, g, &normed, mlp, dy)?;
+        let d_normed = self.drops[1].backward(p, dy, |d| self.mlp.backward(p, g, &normed, mlp, d))?;
         drop(normed);
         let d_middle = self.norm2.backward(p, g, &middle, &stats2, &d_normed, Some(dy))?;
         drop((d_normed, middle));
         let normed = self.norm1.again(p, &x, &stats1);
-        let d_normed = attend_backward(g, &normed, attn, &d_middle)?;
+        let d_normed = self.drops[0].backward(p, &d_middle, |d| attend_backward(g, &normed, attn, d))?;
         drop(normed);
         self.norm1.backward(p, g, &x, &stats1, &d_normed, Some(&d_middle))
     }

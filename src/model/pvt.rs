@@ -88,7 +88,7 @@ impl Block {
             Some(from) => Some(CellConv::new(names.at("downsample.proj"), from, attention.dim, 2, he(2, attention.dim))?),
         };
         let attn = SpatialReduction::new(&mut names.at("attn"), attention, xavier)?;
-        Ok(Block { downsample, attn, pre_norm: PreNorm::new(names, attention.dim, mlp_ratio, norm_eps, xavier)? })
+        Ok(Block { downsample, attn, pre_norm: PreNorm::new(names, attention.dim, mlp_ratio, norm_eps, 0.0, xavier)? })
     }
 
     /// The block's output.
@@ -97,7 +97,7 @@ impl Block {
             None => (x, None),
             Some(conv) => (conv.forward(p, &x, &plan.downsample)?, Some(x)),
         };
-        let (y, block) = self.pre_norm.forward(p, x, |x, residual| self.attn.forward(p, x, &plan.reduced, Some(residual)))?;
+        let (y, block) = self.pre_norm.forward(p, x, |x, residual| self.attn.forward(p, x, &plan.reduced, residual))?;
         Ok((y, Saved { input, block }))
     }
 

@@ -258,7 +258,8 @@ impl Encoder {
             let dim = s.embed_dim << i;
             let (window, _) = clip_window(grid, s.window_size, 0, s.pad);
             let attention = AttentionSettings { qkv_bias: s.qkv_bias, scale: s.qk_scale, ..AttentionSettings::new(dim, heads) };
-            let block = BlockSettings { attention, mlp_ratio: s.mlp_ratio, norm_eps: s.norm_eps, layer_scale: None, init: s.init };
+            let block =
+                BlockSettings { attention, mlp_ratio: s.mlp_ratio, norm_eps: s.norm_eps, layer_scale: None, drop_path: 0.0, init: s.init };
             let blocks = (0..depth).map(|b| SwinBlock::new(&mut names.at(format!("blocks.{b}")), block, window)).collect::<Result<_>>()?;
             let last = i + 1 == s.depths.len();
             let downsample = (!last).then(|| PatchMerging::new(&mut names.at("downsample"), dim, s.norm_eps, s.init));

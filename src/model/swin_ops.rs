@@ -17,6 +17,7 @@ pub fn block_settings(config: &Config) -> Result<BlockSettings> {
         mlp_ratio: config.f64("mlp_ratio")?,
         norm_eps: config.f64("norm_eps")?,
         layer_scale: None,
+        drop_path: 0.0,
         init: normal_02,
     })
 }

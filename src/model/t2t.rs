@@ -204,6 +204,7 @@ impl T2tVit {
             mlp_ratio: config.f64_or("mlp_ratio", 4.0)?,
             norm_eps: config.f64_or("norm_eps", 1e-5)?,
             layer_scale: None,
+            drop_path: 0.0,
             init: normal_02,
         };
         let trunk = Trunk::new(names, "", config.usize("depth")?, settings, true)?;

@@ -165,7 +165,7 @@ impl Block {
         Ok(Block {
             downsample,
             attn: UmWindow::new(&mut names.at("attn"), attention, xavier)?,
-            pre_norm: PreNorm::new(names, attention.dim, mlp_ratio, norm_eps, xavier)?,
+            pre_norm: PreNorm::new(names, attention.dim, mlp_ratio, norm_eps, 0.0, xavier)?,
         })
     }
 
@@ -186,7 +186,9 @@ impl Block {
         let (y, block) = self.pre_norm.forward(p, x, |normed, residual| {
             let (y, saved) = self.attn.forward(p, &plan.reordered(normed, windows, false)?, &plan.offsets, None)?;
             let mut y = plan.reordered(&y, shape, true)?;
-            elementwise::add(y.data_mut(), residual.data());
+            if let Some(residual) = residual {
+                elementwise::add(y.data_mut(), residual.data());
+            }
             Ok((y, saved))
         })?;
         Ok((y, Saved { input, block }))

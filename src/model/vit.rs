@@ -9,15 +9,20 @@
 
 use rayon::prelude::*;
 
+use super::network::{Built, Classifier};
+use super::stack::{self, Kept};
 use super::vit_block::{self, Block, BlockSettings, vit_block_settings};
+use super::weights::{self, Rules};
+use super::zoo::{self, Eval, Family, Variant};
 use crate::attention::softmax::Settings;
 use crate::case::{Config, Draw, Operation, Run};
 use crate::error::{Error, Result};
 use crate::kernel::attention::Groups;
 use crate::kernel::{elementwise, reduce, rows};
-use crate::nn::{Init, LayerNorm, Layout, Linear, Names, Param, Params, PatchEmbed, Stats, patch_embed};
+use crate::nn::resize::PosEmbedResize;
+use crate::nn::{DropPath, Init, LayerNorm, Layout, Linear, Names, Param, Params, Pass, PatchEmbed, Stats, patch_embed};
 use crate::tensor::random::Rng;
-use crate::tensor::{Float, Tensor};
+use crate::tensor::{Float, Shape, Tensor};
 
 /// Pre-norm blocks over all tokens and, where there is one, the norm after them.
 #[derive(Clone, Debug)]
@@ -29,66 +34,54 @@ pub struct Trunk {
 /// What [`Trunk::backward`] needs.
 pub struct TrunkSaved<T: Float> {
     groups: Groups,
-    blocks: Vec<vit_block::Saved<T>>,
+    blocks: Vec<Kept<T, vit_block::Saved<T>>>,
     last: Option<(Tensor<T>, Stats<T>)>,
 }
 
 impl Trunk {
     /// Registers `{prefix}blocks.{i}` and, if asked for, `{prefix}norm`.
     pub fn new(names: &mut Names, prefix: &str, depth: usize, settings: BlockSettings, norm: bool) -> Result<Self> {
-        let blocks = (0..depth).map(|i| Block::new(&mut names.at(format!("{prefix}blocks.{i}")), settings)).collect::<Result<_>>()?;
+        let block = |i| {
+            let settings = BlockSettings { drop_path: DropPath::linear(settings.drop_path, i, depth), ..settings };
+            Block::new(&mut names.at(format!("{prefix}blocks.{i}")), settings)
+        };
+        let blocks = (0..depth).map(block).collect::<Result<_>>()?;
         let norm = norm.then(|| LayerNorm::new(names.at(format!("{prefix}norm")), settings.attention.dim, settings.norm_eps));
         Ok(Trunk { blocks, norm })
-    }
-
-    fn run<T: Float>(
-        &self,
-        p: &Params<T>,
-        mut x: Tensor<T>,
-        groups: &Groups,
-        mut keep: impl FnMut(vit_block::Saved<T>),
-    ) -> Result<Tensor<T>> {
-        for block in &self.blocks {
-            let (y, saved) = block.forward(p, x, groups, None)?;
-            keep(saved);
-            x = y;
-        }
-        Ok(x)
     }
 
     /// The tokens `[B, N, C]` after all blocks and the norm.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>) -> Result<(Tensor<T>, TrunkSaved<T>)> {
         let [_, tokens, _] = x.dims("tokens")?;
         let groups = Groups::all(tokens, tokens);
-        let mut blocks = Vec::with_capacity(self.blocks.len());
-        let x = self.run(p, x, &groups, |saved| blocks.push(saved))?;
+        let (x, blocks) = stack::forward(p, &self.blocks, x, |block, _, x| block.forward(p, x, &groups, None))?;
         match &self.norm {
-            None => Ok((x, TrunkSaved { groups, blocks, last: None })),
+            None => {
+                p.show("tokens", &x);
+                Ok((x, TrunkSaved { groups, blocks, last: None }))
+            }
             Some(norm) => {
                 let (y, stats) = norm.forward(p, &x)?;
+                p.show("tokens", &y);
                 Ok((y, TrunkSaved { groups, blocks, last: Some((x, stats)) }))
             }
         }
     }
 
-    /// [`forward`](Self::forward) without keeping anything for a backward pass.
-    pub fn infer<T: Float>(&self, p: &Params<T>, x: Tensor<T>) -> Result<Tensor<T>> {
-        let [_, tokens, _] = x.dims("tokens")?;
-        let x = self.run(p, x, &Groups::all(tokens, tokens), drop)?;
-        self.norm.as_ref().map_or(Ok(x.clone()), |norm| Ok(norm.forward(p, &x)?.0))
-    }
-
     /// The gradient of the tokens that went in.
     pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: TrunkSaved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
         let TrunkSaved { groups, blocks, last } = saved;
-        let mut d = match (&self.norm, last) {
+        let d = match (&self.norm, last) {
             (Some(norm), Some((x, stats))) => norm.backward(p, g, &x, &stats, dy, None)?,
             _ => dy.clone(),
         };
-        for (block, saved) in self.blocks.iter().zip(blocks).rev() {
-            d = block.backward(p, g, saved, &groups, None, &d)?;
-        }
-        Ok(d)
+        stack::backward(
+            &self.blocks,
+            blocks,
+            d,
+            |block, _, x| block.forward(p, x, &groups, None),
+            |block, _, saved, d| block.backward(p, g, saved, &groups, None, d),
+        )
     }
 }
 
@@ -210,8 +203,7 @@ impl Encoder {
 
     /// [`forward`](Self::forward) of whole images without keeping anything for a backward pass.
     pub fn infer<T: Float>(&self, p: &Params<T>, image: &Tensor<T>) -> Result<Tensor<T>> {
-        let x = self.embed(p, image, None)?.0;
-        self.trunk.infer(p, x)
+        Ok(self.forward(&p.run_as(Pass::Infer), image, None)?.0)
     }
 
     /// Adds the gradients of the parameters; the gradient of the image if `want_image`.
@@ -330,6 +322,7 @@ impl Vit {
                 (y, Some((pooled, stats)))
             }
         };
+        p.show("pooled", &pooled);
         let logits = self.head.as_ref().map_or(Ok(pooled.clone()), |head| head.forward(p, &pooled))?;
         Ok((logits, Saved { encoder, tokens, pooled, normed }))
     }
@@ -393,6 +386,8 @@ impl DistilledVit {
         let (x, encoder) = self.encoder.forward(p, image, None)?;
         let [_, tokens, _] = x.dims("tokens")?;
         let rows = [token_row(&x, 0)?, token_row(&x, 1)?];
+        p.show("pooled", &rows[0]);
+        p.show("pooled_dist", &rows[1]);
         let logits = [self.heads[0].forward(p, &rows[0])?, self.heads[1].forward(p, &rows[1])?];
         Ok((logits, DistilledSaved { encoder, tokens, rows }))
     }
@@ -446,8 +441,179 @@ fn vit_settings(config: &Config, chans: usize, tokens: &'static [&'static str], 
 
 /// The settings of MAE's blocks: Xavier-uniform weights, biases, no layer scale.
 pub fn mae_block_settings(dim: usize, heads: usize, mlp_ratio: f64, norm_eps: f64) -> BlockSettings {
-    BlockSettings { attention: Settings::new(dim, heads), mlp_ratio, norm_eps, layer_scale: None, init: crate::nn::xavier }
+    BlockSettings { attention: Settings::new(dim, heads), mlp_ratio, norm_eps, layer_scale: None, drop_path: 0.0, init: crate::nn::xavier }
 }
+
+impl Classifier for Vit {
+    type Saved = Saved<f32>;
+
+    fn forward(&self, p: &Params<f32>, images: &Tensor<f32>) -> Result<(Vec<Tensor<f32>>, Saved<f32>)> {
+        let (logits, saved) = self.forward(p, images)?;
+        Ok((vec![logits], saved))
+    }
+
+    fn backward(&self, p: &Params<f32>, g: &mut Params<f32>, saved: Saved<f32>, d: &[Tensor<f32>]) -> Result<()> {
+        self.backward(p, g, saved, &d[0], false).map(drop)
+    }
+}
+
+impl Classifier for DistilledVit {
+    type Saved = DistilledSaved<f32>;
+
+    fn forward(&self, p: &Params<f32>, images: &Tensor<f32>) -> Result<(Vec<Tensor<f32>>, DistilledSaved<f32>)> {
+        let (logits, saved) = self.forward(p, images)?;
+        Ok((logits.into(), saved))
+    }
+
+    fn backward(&self, p: &Params<f32>, g: &mut Params<f32>, saved: DistilledSaved<f32>, d: &[Tensor<f32>]) -> Result<()> {
+        self.backward(p, g, saved, [&d[0], &d[1]], false).map(drop)
+    }
+}
+
+/// `pos_embed` for another grid of patches: bicubic, the rows of learned tokens kept.
+pub fn resize_pos_embed(prefix: usize, table: &Tensor<f32>, wanted: Shape) -> Result<Option<Tensor<f32>>> {
+    let ([one, rows, c], [_, wanted_rows, wanted_c]) = (table.dims::<3>("pos_embed")?, wanted.dims::<3>("pos_embed")?);
+    let side = |rows: usize| rows.checked_sub(prefix).map(usize::isqrt).filter(|s| s * s + prefix == rows && *s > 0);
+    match (side(rows), side(wanted_rows)) {
+        (Some(old), Some(new)) if one == 1 && c == wanted_c => {
+            PosEmbedResize::new(prefix, true, [old; 2], [new; 2])?.forward(table).map(Some)
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Multiply-adds for one image with `prefix` learned tokens, each of which has a head.
+fn macs(config: &Config, size: usize, prefix: usize) -> Result<f64> {
+    let [c, patch, depth, classes] = ["embed_dim", "patch_size", "depth", "num_classes"].map(|key| config.usize(key));
+    let (c, patch, depth, classes) = (c? as f64, patch?, depth? as f64, classes? as f64);
+    let (patches, ratio) = ((size / patch).pow(2) as f64, config.f64("mlp_ratio")?);
+    let (n, prefix) = (patches + prefix as f64, prefix as f64);
+    let block = (4.0 + 2.0 * ratio) * n * c * c + 2.0 * n * n * c;
+    Ok(patches * c * (3 * patch * patch) as f64 + depth * block + prefix * c * classes)
+}
+
+const COMMON: &str = r#"{"patch_size": 16, "in_chans": 3, "mlp_ratio": 4.0, "qkv_bias": true, "qk_norm": false, "layer_scale": false,
+    "norm_eps": 1e-6, "class_token": true, "global_pool": "token", "fc_norm": false}"#;
+
+/// ViT and DeiT.
+pub static FAMILY: Family = Family {
+    op: "model.vit",
+    common: COMMON,
+    build: |config| Built::new(|names| Vit::new(names, config)),
+    at_size: zoo::img_size,
+    macs: |config, size| macs(config, size, 1),
+    rules: Rules {
+        key: weights::keep,
+        resize: |name, table, wanted, _| if name == "pos_embed" { resize_pos_embed(1, table, wanted) } else { Ok(None) },
+        heads: &["head"],
+    },
+    variants: &[
+        Variant {
+            name: "deit_tiny_patch16_224",
+            also: &["vit_tiny_patch16_224"],
+            config: r#"{"embed_dim": 192, "depth": 12, "num_heads": 3}"#,
+            eval: Eval::IMAGENET,
+            params: Some(5_717_416),
+            gmacs: Some(1.25),
+        },
+        Variant {
+            name: "deit_small_patch16_224",
+            also: &["vit_small_patch16_224"],
+            config: r#"{"embed_dim": 384, "depth": 12, "num_heads": 6}"#,
+            eval: Eval::IMAGENET,
+            params: Some(22_050_664),
+            gmacs: Some(4.60),
+        },
+        Variant {
+            name: "deit_base_patch16_224",
+            also: &["vit_base_patch16_224"],
+            config: r#"{"embed_dim": 768, "depth": 12, "num_heads": 12}"#,
+            eval: Eval::IMAGENET,
+            params: Some(86_567_656),
+            gmacs: Some(17.56),
+        },
+        Variant {
+            name: "deit_base_patch16_384",
+            also: &["vit_base_patch16_384"],
+            config: r#"{"embed_dim": 768, "depth": 12, "num_heads": 12}"#,
+            eval: Eval::IMAGENET.at(384).crop(1.0),
+            params: Some(86_859_496),
+            gmacs: Some(55.48),
+        },
+        Variant {
+            name: "vit_large_patch16_224",
+            also: &[],
+            config: r#"{"embed_dim": 1024, "depth": 24, "num_heads": 16}"#,
+            eval: Eval::IMAGENET,
+            params: Some(304_326_632),
+            gmacs: Some(61.55),
+        },
+        Variant {
+            name: "vit_huge_patch14_224",
+            also: &[],
+            config: r#"{"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14}"#,
+            eval: Eval::IMAGENET,
+            params: Some(632_045_800),
+            gmacs: Some(167.3),
+        },
+        Variant {
+            name: "vit_micro",
+            also: &[],
+            config: r#"{"embed_dim": 144, "depth": 6, "num_heads": 6, "patch_size": 4}"#,
+            eval: Eval::SMALL,
+            params: None,
+            gmacs: None,
+        },
+    ],
+};
+
+/// DeiT with a distillation token.
+pub static DISTILLED_FAMILY: Family = Family {
+    op: "model.vit_distilled",
+    common: r#"{"patch_size": 16, "mlp_ratio": 4.0, "qkv_bias": true, "norm_eps": 1e-6, "training": false}"#,
+    build: |config| Built::new(|names| DistilledVit::new(names, config)),
+    at_size: zoo::img_size,
+    macs: |config, size| macs(config, size, 2),
+    rules: Rules {
+        key: weights::keep,
+        resize: |name, table, wanted, _| if name == "pos_embed" { resize_pos_embed(2, table, wanted) } else { Ok(None) },
+        heads: &["head", "head_dist"],
+    },
+    variants: &[
+        Variant {
+            name: "deit_tiny_distilled_patch16_224",
+            also: &[],
+            config: r#"{"embed_dim": 192, "depth": 12, "num_heads": 3}"#,
+            eval: Eval::IMAGENET,
+            params: Some(5_910_800),
+            gmacs: None,
+        },
+        Variant {
+            name: "deit_small_distilled_patch16_224",
+            also: &[],
+            config: r#"{"embed_dim": 384, "depth": 12, "num_heads": 6}"#,
+            eval: Eval::IMAGENET,
+            params: Some(22_436_432),
+            gmacs: None,
+        },
+        Variant {
+            name: "deit_base_distilled_patch16_224",
+            also: &[],
+            config: r#"{"embed_dim": 768, "depth": 12, "num_heads": 12}"#,
+            eval: Eval::IMAGENET,
+            params: Some(87_338_192),
+            gmacs: None,
+        },
+        Variant {
+            name: "deit_micro_distilled",
+            also: &[],
+            config: r#"{"embed_dim": 144, "depth": 6, "num_heads": 6, "patch_size": 4}"#,
+            eval: Eval::SMALL,
+            params: None,
+            gmacs: None,
+        },
+    ],
+};
 
 /// Random sizes that both operations share.
 fn sample_sizes(rng: &mut Rng) -> Config {

@@ -7,7 +7,7 @@ use crate::attention::softmax::{self, Attention, Settings};
 use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::{Error, Result};
 use crate::kernel::attention::{Bias, Groups};
-use crate::nn::{Init, LayerNorm, LayerScale, Layout, Mlp, Names, Params, Stats, mlp};
+use crate::nn::{DropPath, Init, LayerNorm, LayerScale, Layout, Mlp, Names, Params, Stats, mlp};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
@@ -17,9 +17,11 @@ pub struct Block {
     norm1: LayerNorm,
     attn: Attention,
     scale1: Option<LayerScale>,
+    drop1: DropPath,
     norm2: LayerNorm,
     mlp: Mlp,
     scale2: Option<LayerScale>,
+    drop2: DropPath,
 }
 
 /// What the block is made of.
@@ -33,6 +35,8 @@ pub struct BlockSettings {
     pub norm_eps: f64,
     /// Names of the two LayerScale vectors and their start, if there are any.
     pub layer_scale: Option<([&'static str; 2], f64)>,
+    /// Probability that a residual branch is left out in training.
+    pub drop_path: f64,
     /// Initialisation of the linear weights.
     pub init: fn(usize, usize) -> Init,
 }
@@ -62,7 +66,7 @@ pub fn hidden_width(dim: usize, ratio: f64) -> Result<usize> {
 impl Block {
     /// Registers the parameters: `norm1`, `attn`, `norm2`, `mlp`.
     pub fn new(names: &mut Names, settings: BlockSettings) -> Result<Self> {
-        let BlockSettings { attention, mlp_ratio, norm_eps, layer_scale, init } = settings;
+        let BlockSettings { attention, mlp_ratio, norm_eps, layer_scale, drop_path, init } = settings;
         let dim = attention.dim;
         let scale = |names: &mut Names, i: usize| layer_scale.map(|(name, start)| LayerScale::new(names, name[i], dim, start));
         let norm1 = LayerNorm::new(names.at("norm1"), dim, norm_eps);
@@ -71,7 +75,8 @@ impl Block {
         let norm2 = LayerNorm::new(names.at("norm2"), dim, norm_eps);
         let mlp = Mlp::new(names.at("mlp"), dim, hidden_width(dim, mlp_ratio)?, init);
         let scale2 = scale(names, 1);
-        Ok(Block { norm1, attn, scale1, norm2, mlp, scale2 })
+        let [drop1, drop2] = [DropPath::new(names, drop_path)?, DropPath::new(names, drop_path)?];
+        Ok(Block { norm1, attn, scale1, drop1, norm2, mlp, scale2, drop2 })
     }
 
     /// The cost for `b` images of `n` tokens over `groups`.
@@ -89,22 +94,24 @@ impl Block {
         let (normed, stats1) = self.norm1.forward(p, &x)?;
         let (middle, attn, branch1) = match self.scale1 {
             None => {
-                let (y, saved) = self.attn.forward(p, &normed, groups, bias, Some(&x))?;
+                let (y, saved) = self.drop1.residual(p, &x, |residual| self.attn.forward(p, &normed, groups, bias, residual))?;
                 (y, saved, None)
             }
             Some(scale) => {
                 let (f, saved) = self.attn.forward(p, &normed, groups, bias, None)?;
+                let f = self.drop1.apply(p, f);
                 (scale.forward(p, &x, &f)?, saved, Some(f))
             }
         };
         let (normed, stats2) = self.norm2.forward(p, &middle)?;
         let (y, mlp, branch2) = match self.scale2 {
             None => {
-                let (y, saved) = self.mlp.forward(p, &normed, Some(&middle))?;
+                let (y, saved) = self.drop2.residual(p, &middle, |residual| self.mlp.forward(p, &normed, residual))?;
                 (y, saved, None)
             }
             Some(scale) => {
                 let (f, saved) = self.mlp.forward(p, &normed, None)?;
+                let f = self.drop2.apply(p, f);
                 (scale.forward(p, &middle, &f)?, saved, Some(f))
             }
         };
@@ -122,13 +129,13 @@ impl Block {
         dy: &Tensor<T>,
     ) -> Result<Tensor<T>> {
         let Saved { x, stats1, attn, branch1, middle, stats2, mlp, branch2 } = saved;
-        let df = scale_backward(p, g, self.scale2, branch2, dy)?;
+        let df = self.drop2.apply(p, scale_backward(p, g, self.scale2, branch2, dy)?);
         let normed = self.norm2.again(p, &middle, &stats2);
         let d_normed = self.mlp.backward(p, g, &normed, mlp, &df)?;
         drop((df, normed));
         let d_middle = self.norm2.backward(p, g, &middle, &stats2, &d_normed, Some(dy))?;
         drop((d_normed, middle));
-        let df = scale_backward(p, g, self.scale1, branch1, &d_middle)?;
+        let df = self.drop1.apply(p, scale_backward(p, g, self.scale1, branch1, &d_middle)?);
         let normed = self.norm1.again(p, &x, &stats1);
         let d_normed = self.attn.backward(p, g, &normed, attn, groups, bias, &df)?;
         drop((df, normed));
@@ -202,6 +209,7 @@ pub fn vit_block_settings(config: &Config, dim: &str, heads: &str, ratio: &str) 
         mlp_ratio: config.f64_or(ratio, 4.0)?,
         norm_eps: eps,
         layer_scale: config.bool_or("layer_scale", false)?.then_some((["ls1.gamma", "ls2.gamma"], 1e-5)),
+        drop_path: config.f64_or("drop_path_rate", 0.0)?,
         init: crate::nn::normal_02,
     })
 }

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use super::pass::{Pass, Watch};
 use crate::error::{Error, Result};
 use crate::tensor::random::{Purpose, Rng};
 use crate::tensor::{Buffer, Float, Shape, Tensor};
@@ -111,6 +112,7 @@ pub struct Layout {
     buffers: Vec<Entry>,
     params_len: usize,
     buffers_len: usize,
+    streams: u64,
 }
 
 /// Every parameter starts on a cache line.
@@ -169,6 +171,12 @@ impl Names<'_> {
         register(&mut self.layout.buffers, &mut self.layout.buffers_len, name, shape, init)
     }
 
+    /// A number that no other layer of this model gets: what tells its random numbers apart from theirs.
+    pub fn stream(&mut self) -> u64 {
+        self.layout.streams += 1;
+        self.layout.streams
+    }
+
     fn full(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)
     }
@@ -190,13 +198,15 @@ pub struct Params<T: Float> {
     layout: Arc<Layout>,
     values: Arc<Buffer<T>>,
     buffers: Arc<Buffer<T>>,
+    pass: Pass,
+    watch: Option<Watch<T>>,
 }
 
 impl<T: Float> Params<T> {
     /// All zero: where gradients and moments start.
     pub fn zeros(layout: &Arc<Layout>) -> Self {
         let (values, buffers) = (Arc::new(Buffer::zeros(layout.params_len)), Arc::new(Buffer::zeros(layout.buffers_len)));
-        Params { layout: Arc::clone(layout), values, buffers }
+        Params { layout: Arc::clone(layout), values, buffers, pass: Pass::Plain, watch: None }
     }
 
     /// Initialised as the layers ask, from `seed`; a parameter's numbers depend on its place in the layout alone.
@@ -217,6 +227,33 @@ impl<T: Float> Params<T> {
     pub(crate) fn under(&self, layout: &Arc<Layout>) -> Self {
         debug_assert!(self.values.len() == layout.params_len && self.buffers.len() == layout.buffers_len);
         Params { layout: Arc::clone(layout), ..self.clone() }
+    }
+
+    /// The same parameters for a network that is run as `pass`.
+    pub fn run_as(&self, pass: Pass) -> Self {
+        Params { pass, ..self.clone() }
+    }
+
+    /// How the network is being run.
+    pub fn pass(&self) -> Pass {
+        self.pass
+    }
+
+    /// Whether this is a training step.
+    pub fn training(&self) -> bool {
+        matches!(self.pass, Pass::Train { .. })
+    }
+
+    /// The same parameters for a network whose stages `watch` wants to see.
+    pub fn watched(&self, watch: &Watch<T>) -> Self {
+        Params { watch: Some(watch.clone()), ..self.clone() }
+    }
+
+    /// Shows `x` to whoever watches; a copy is made only then.
+    pub fn show(&self, name: impl AsRef<str>, x: &Tensor<T>) {
+        if let Some(watch) = &self.watch {
+            watch.see(name.as_ref().to_string(), x);
+        }
     }
 
     /// The layout.

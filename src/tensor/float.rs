@@ -90,3 +90,15 @@ macro_rules! float {
 
 float!(f32, "f32", crate::simd::dispatch_f32);
 float!(f64, "f64", crate::simd::dispatch_f64);
+
+/// IEEE binary16, widened exactly.
+pub fn f16_to_f64(bits: u16) -> f64 {
+    let (exponent, fraction) = (i32::from(bits >> 10 & 31), f64::from(bits & 1023));
+    let magnitude = match exponent {
+        0 => libm::ldexp(fraction, -24),
+        31 if fraction == 0.0 => f64::INFINITY,
+        31 => f64::NAN,
+        _ => libm::ldexp(1024.0 + fraction, exponent - 25),
+    };
+    if bits >> 15 == 1 { -magnitude } else { magnitude }
+}

@@ -8,7 +8,7 @@ mod shape;
 use std::fmt;
 use std::sync::Arc;
 
-pub use float::Float;
+pub use float::{Float, f16_to_f64};
 pub use pool::Buffer;
 pub use shape::Shape;
 

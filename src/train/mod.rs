@@ -1,6 +1,5 @@
-//! Training: optimizer, schedule, checkpoints, metrics, the loop, and the linear probe. Generic over [`crate::mim::Objective`].
+//! Training: optimizer, schedule, checkpoints, metrics, the loop, and the linear probe. Generic over [`crate::nn::Objective`].
 
-mod checkpoint;
 mod config;
 mod metrics;
 mod optimizer;
@@ -8,7 +7,6 @@ mod probe;
 mod schedule;
 mod trainer;
 
-pub use checkpoint::{CHECKPOINT, Checkpoint, STATE};
 pub use config::{BUILTIN, Length, TrainConfig};
 pub use metrics::{METRICS, StepReport, read as read_metrics};
 pub use optimizer::{Optimizer, clip, decay_runs, decays};
@@ -16,4 +14,6 @@ pub use probe::{Features, ProbeResult, extract, pixels, probe};
 pub use schedule::Schedule;
 #[cfg(feature = "cli")]
 pub(crate) use trainer::prepare_folder;
-pub use trainer::{Trainer, saved_config};
+pub use trainer::{CHECKPOINT, STATE, Trainer, saved_config};
+
+pub use crate::nn::Checkpoint;

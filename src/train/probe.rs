@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use crate::data::{Dataset, Loader, LoaderOptions, Transform};
 use crate::linalg::{Epilogue, Mat, MatMut, gemm};
-use crate::mim::Objective;
+use crate::mim::MaskedModel;
 use crate::nn::Params;
 use crate::tensor::Tensor;
 use crate::{Error, Result};
@@ -52,7 +52,7 @@ pub fn pixels(dataset: &Dataset, transform: Transform) -> Result<Features> {
 ///
 /// # Errors
 /// If an image cannot be read or has the wrong shape.
-pub fn extract<O: Objective>(objective: &O, params: &Params<f32>, dataset: &Dataset, transform: Transform) -> Result<Features> {
+pub fn extract(objective: &dyn MaskedModel, params: &Params<f32>, dataset: &Dataset, transform: Transform) -> Result<Features> {
     collect(dataset, transform, |images| objective.features(params, images))
 }
 

@@ -9,21 +9,24 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 
-use super::checkpoint::{CHECKPOINT, Checkpoint, STATE, encode, items};
 use super::config::TrainConfig;
 use super::metrics::{METRICS, Metrics, StepReport};
 use super::optimizer::{Optimizer, clip};
 use super::schedule::Schedule;
 use crate::data::{Dataset, Loader, LoaderOptions};
 use crate::fs::write_atomic;
-use crate::mim::{Objective, StepKey};
-use crate::nn::Params;
+use crate::nn::{Batch, Checkpoint, Loss, Objective, Params, StepKey, encode, items};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 
+/// The parameters of the last save.
+pub const CHECKPOINT: &str = "checkpoint.safetensors";
+/// The trainer's state at the last save.
+pub const STATE: &str = "state.safetensors";
+
 /// A training run.
-pub struct Trainer<'a, O: Objective> {
-    objective: &'a O,
+pub struct Trainer<'a> {
+    objective: &'a dyn Objective,
     config: TrainConfig,
     loader: Loader<'a>,
     schedule: Schedule,
@@ -38,12 +41,12 @@ pub struct Trainer<'a, O: Objective> {
     labels: Vec<usize>,
 }
 
-impl<'a, O: Objective> Trainer<'a, O> {
+impl<'a> Trainer<'a> {
     /// A run from its beginning.
     ///
     /// # Errors
     /// If the configuration does not fit the data.
-    pub fn new(objective: &'a O, dataset: &'a Dataset, config: TrainConfig) -> Result<Self> {
+    pub fn new(objective: &'a dyn Objective, dataset: &'a Dataset, config: TrainConfig) -> Result<Self> {
         let config = config.checked()?;
         let (size, channels) = objective.image_shape();
         let transform = config.training_transform((size, channels))?;
@@ -70,7 +73,7 @@ impl<'a, O: Objective> Trainer<'a, O> {
     ///
     /// # Errors
     /// If the state is not of this network or this data.
-    pub fn resume(objective: &'a O, dataset: &'a Dataset, state: &Checkpoint) -> Result<Self> {
+    pub fn resume(objective: &'a dyn Objective, dataset: &'a Dataset, state: &Checkpoint) -> Result<Self> {
         let mut trainer = Self::new(objective, dataset, saved_config(state)?)?;
         let number = |key: &str| state.need_meta(key)?.parse::<u64>().map_err(|_| state.error(format!("metadata `{key}` is not a number")));
         let (images, found) = (number("images")?, dataset.len() as u64);
@@ -113,7 +116,9 @@ impl<'a, O: Objective> Trainer<'a, O> {
 
         self.grads.flat_mut().par_chunks_mut(1 << 16).for_each(|chunk| chunk.fill(0.0));
         let key = StepKey { seed: self.config.seed, step: self.step };
-        let loss = f64::from(self.objective.loss(&self.params, Some(&mut self.grads), &self.images, key)?);
+        let batch = Batch { images: &self.images, labels: &self.labels, key };
+        let Loss { value, updates } = self.objective.loss(&self.params, Some(&mut self.grads), batch)?;
+        let loss = f64::from(value);
         let (grad_norm, scale) = clip(&self.grads, self.config.clip);
         if !(loss.is_finite() && grad_norm.is_finite()) {
             let message = format!("{loss} with gradient norm {grad_norm} at step {}; try a smaller learning rate", self.step + 1);
@@ -121,9 +126,10 @@ impl<'a, O: Objective> Trainer<'a, O> {
         }
         let lr = self.schedule.rate(self.step);
         self.optimizer.step(&mut self.params, &self.grads, lr, self.step + 1, scale);
+        self.params.update(&updates);
         self.step += 1;
         let seconds = started.elapsed().as_secs_f64();
-        Ok(StepReport { step: self.step, steps: self.schedule.steps, epoch, loss, lr, grad_norm, images: batch, seconds })
+        Ok(StepReport { step: self.step, steps: self.schedule.steps, epoch, loss, lr, grad_norm, images: self.config.batch, seconds })
     }
 
     fn load_order(&mut self, epoch: u64) -> Result<()> {

@@ -5,10 +5,10 @@
 use std::sync::Arc;
 
 use karat::linalg::{Epilogue, Mat, MatMut, gemm};
-use karat::mim::{Objective, Reconstruction, StepKey};
-use karat::nn::{Init, Layout, Param, Params};
+use karat::mim::{MaskedModel, Reconstruction};
+use karat::nn::{Batch, Init, Layout, Loss, Objective, Param, Params, StepKey};
+use karat::tensor::Tensor;
 use karat::tensor::random::{Purpose, Rng};
-use karat::tensor::{Float, Tensor};
 use karat::{Error, Result};
 
 pub struct Tiny {
@@ -38,7 +38,7 @@ impl Tiny {
         self.side * self.side * self.channels
     }
 
-    fn batch<T: Float>(&self, images: &Tensor<T>) -> Result<usize> {
+    fn batch(&self, images: &Tensor<f32>) -> Result<usize> {
         let [b, c, h, w] = images.dims("images")?;
         if [c, h, w] != [self.channels, self.side, self.side] {
             return Err(Error::shape("images", [b, self.channels, self.side, self.side], images.shape()));
@@ -47,13 +47,13 @@ impl Tiny {
     }
 
     /// 1 where a pixel (all its channels) is hidden: half of them.
-    fn hidden<T: Float>(&self, b: usize, key: StepKey) -> Tensor<T> {
+    fn hidden(&self, b: usize, key: StepKey) -> Tensor<f32> {
         let area = self.side * self.side;
         let mut hidden = Tensor::scratch([b, self.channels, self.side, self.side]);
         for (i, image) in hidden.data_mut().chunks_exact_mut(self.d()).enumerate() {
             let mut rng = Rng::new(key.seed, Purpose::Mask, key.step, i as u64);
             for pixel in 0..area {
-                let value = if rng.chance(0.5) { T::ONE } else { T::ZERO };
+                let value = if rng.chance(0.5) { 1.0 } else { 0.0 };
                 (0..self.channels).for_each(|c| image[c * area + pixel] = value);
             }
         }
@@ -61,7 +61,7 @@ impl Tiny {
     }
 
     /// `z`, `h` and `y`.
-    fn forward<T: Float>(&self, params: &Params<T>, images: &Tensor<T>, hidden: &Tensor<T>) -> [Tensor<T>; 3] {
+    fn forward(&self, params: &Params<f32>, images: &Tensor<f32>, hidden: &Tensor<f32>) -> [Tensor<f32>; 3] {
         let (d, w, b) = (self.d(), self.width, images.shape()[0]);
         let token = params.get(self.token);
         let (x, m) = (images.data(), hidden.data());
@@ -84,18 +84,19 @@ impl Objective for Tiny {
         (self.side, self.channels)
     }
 
-    fn loss<T: Float>(&self, params: &Params<T>, grads: Option<&mut Params<T>>, images: &Tensor<T>, key: StepKey) -> Result<T> {
+    fn loss(&self, params: &Params<f32>, grads: Option<&mut Params<f32>>, batch: Batch) -> Result<Loss> {
+        let Batch { images, key, .. } = batch;
         let (d, w, b) = (self.d(), self.width, self.batch(images)?);
         let hidden = self.hidden(b, key);
         let [z, h, mut y] = self.forward(params, images, &hidden);
-        let count = hidden.data().iter().fold(T::ZERO, |sum, &m| sum + m).larger(T::ONE);
-        let mut loss = T::ZERO;
+        let count = hidden.data().iter().fold(0.0, |sum, &m| sum + m).max(1.0);
+        let mut loss = 0.0;
         for ((y, &x), &m) in y.data_mut().iter_mut().zip(images.data()).zip(hidden.data()) {
             let e = m * (*y - x);
             loss += e * e;
             *y = (e + e) / count;
         }
-        let Some(grads) = grads else { return Ok(loss / count) };
+        let Some(grads) = grads else { return Ok((loss / count).into()) };
         let dy = y;
         let more = || Epilogue { accumulate: true, ..Epilogue::default() };
         for row in dy.data().chunks_exact(d) {
@@ -110,16 +111,18 @@ impl Objective for Tiny {
         for (row, m) in dz.data().chunks_exact(d).zip(hidden.data().chunks_exact(d)) {
             grads.get_mut(self.token).iter_mut().zip(row).zip(m).for_each(|((g, &dz), &m)| *g += m * dz);
         }
-        Ok(loss / count)
+        Ok((loss / count).into())
     }
+}
 
-    fn reconstruct<T: Float>(&self, params: &Params<T>, images: &Tensor<T>, key: StepKey) -> Result<Reconstruction<T>> {
+impl MaskedModel for Tiny {
+    fn reconstruct(&self, params: &Params<f32>, images: &Tensor<f32>, key: StepKey) -> Result<Reconstruction> {
         let hidden = self.hidden(self.batch(images)?, key);
         let [_, _, y] = self.forward(params, images, &hidden);
         Ok(Reconstruction { predicted: y.reshape(images.shape())?, hidden })
     }
 
-    fn features<T: Float>(&self, params: &Params<T>, images: &Tensor<T>) -> Result<Tensor<T>> {
+    fn features(&self, params: &Params<f32>, images: &Tensor<f32>) -> Result<Tensor<f32>> {
         let b = self.batch(images)?;
         let [_, h, _] = self.forward(params, images, &Tensor::zeros(images.shape()));
         h.reshape([b, self.width])

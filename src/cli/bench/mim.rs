@@ -8,9 +8,8 @@ use serde_json::json;
 
 use super::{Outcome, Report, say};
 use crate::error::{Error, Result};
-use crate::mim::methods::{self, AnyObjective};
-use crate::mim::{Objective, StepKey};
-use crate::nn::Params;
+use crate::mim::{MaskedModel, methods};
+use crate::nn::{Batch, Params, StepKey};
 use crate::simd;
 use crate::tensor::random::{Purpose, Rng};
 use crate::tensor::{Tensor, pool};
@@ -39,7 +38,7 @@ pub struct Mim {
 const RUNS: [(&str, usize); 3] = [("greenmim", 224), ("simmim", 224), ("simmim", 192)];
 
 struct Candidate {
-    objective: AnyObjective,
+    objective: Box<dyn MaskedModel>,
     images: Tensor<f32>,
     seconds: Vec<f64>,
     /// Bytes beyond the state, and with it.
@@ -114,7 +113,9 @@ impl Candidate {
         for step in 0..2 {
             let start = Instant::now();
             grads.flat_mut().fill(0.0);
-            self.objective.loss(&params, Some(&mut grads), &self.images, StepKey { seed: 0, step: (2 * turn + step) as u64 })?;
+            let key = StepKey { seed: 0, step: (2 * turn + step) as u64 };
+            let batch = Batch { images: &self.images, labels: &[], key };
+            self.objective.loss(&params, Some(&mut grads), batch)?;
             optimizer.step(&mut params, &grads, 1e-4, step as u64 + 1, 1.0);
             if step == 1 && turn > 0 {
                 self.seconds.push(start.elapsed().as_secs_f64());

@@ -12,14 +12,9 @@ use memmap2::Mmap;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
 use serde_json::Value;
 
-use crate::nn::{Entry, Params};
-use crate::tensor::Shape;
+use super::{Entry, Params};
+use crate::tensor::{Shape, Tensor, f16_to_f64};
 use crate::{Error, Result};
-
-/// The parameters of the last save.
-pub const CHECKPOINT: &str = "checkpoint.safetensors";
-/// The trainer's state at the last save.
-pub const STATE: &str = "state.safetensors";
 
 const PREFIX: &str = "{\"__metadata__\":{\"checksum\":\"";
 const DIGITS: usize = 16;
@@ -151,8 +146,34 @@ impl Checkpoint {
     }
 
     /// An error about this file.
-    pub(crate) fn error(&self, message: impl Into<String>) -> Error {
+    pub fn error(&self, message: impl Into<String>) -> Error {
         Error::format(&self.path, message)
+    }
+
+    /// The names of the tensors, in the order of the file.
+    pub fn names(&self) -> Vec<String> {
+        self.metadata.offset_keys()
+    }
+
+    /// The tensor `name`, from F64, F32, F16 or BF16.
+    ///
+    /// # Errors
+    /// If it is missing or of another type.
+    pub fn tensor(&self, name: &str) -> Result<Tensor<f32>> {
+        let Some(info) = self.metadata.info(name) else {
+            return Err(self.error(format!("tensor `{name}` is missing")));
+        };
+        let bytes = &self.map[self.body + info.data_offsets.0..self.body + info.data_offsets.1];
+        let data: Vec<f32> = match info.dtype {
+            Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            Dtype::F64 => {
+                bytes.chunks_exact(8).map(|b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) as f32).collect()
+            }
+            Dtype::F16 => bytes.chunks_exact(2).map(|b| f16_to_f64(u16::from_le_bytes([b[0], b[1]])) as f32).collect(),
+            Dtype::BF16 => bytes.chunks_exact(2).map(|b| f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16)).collect(),
+            other => return Err(self.error(format!("tensor `{name}`: expected F64, F32, F16 or BF16, found {other:?}"))),
+        };
+        Tensor::new(Shape::try_new(&info.shape)?, &data)
     }
 
     /// A metadata value.

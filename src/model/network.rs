@@ -1,0 +1,69 @@
+//! What the trainer and the command line need of a network with class logits, whichever it is.
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::nn::batch_norm::Updates;
+use crate::nn::{Layout, Names, Params, Pass};
+use crate::tensor::Tensor;
+
+/// A network that ends in class logits. Its passes follow [`Params::pass`]; the stages and the vector that the head sees (`pooled`) are
+/// shown with [`Params::show`].
+pub trait Classifier: Send + Sync {
+    /// What [`backward`](Self::backward) needs.
+    type Saved;
+
+    /// The logits of each head, `[B, classes]`, of `images` `[B, C, H, W]`. Where there are several heads, their mean is the prediction.
+    fn forward(&self, p: &Params<f32>, images: &Tensor<f32>) -> Result<(Vec<Tensor<f32>>, Self::Saved)>;
+
+    /// Takes the running statistics after a training step.
+    fn updates(_: &mut Self::Saved) -> Updates<f32> {
+        Vec::new()
+    }
+
+    /// Adds the gradients of the parameters, from those of each head's logits.
+    fn backward(&self, p: &Params<f32>, g: &mut Params<f32>, saved: Self::Saved, d: &[Tensor<f32>]) -> Result<()>;
+}
+
+/// The gradient of a loss by each head's logits.
+pub type Judge<'a> = &'a mut dyn FnMut(&[Tensor<f32>]) -> Result<Vec<Tensor<f32>>>;
+
+/// Any [`Classifier`].
+pub trait Network: Send + Sync {
+    /// The logits of each head; nothing is kept.
+    fn infer(&self, p: &Params<f32>, images: &Tensor<f32>) -> Result<Vec<Tensor<f32>>>;
+
+    /// A forward pass, `judge` on its logits, and a backward pass that adds to `g`. Returns the running statistics after the step.
+    fn learn(&self, p: &Params<f32>, g: &mut Params<f32>, images: &Tensor<f32>, judge: Judge) -> Result<Updates<f32>>;
+}
+
+impl<N: Classifier> Network for N {
+    fn infer(&self, p: &Params<f32>, images: &Tensor<f32>) -> Result<Vec<Tensor<f32>>> {
+        Ok(self.forward(&p.run_as(Pass::Infer), images)?.0)
+    }
+
+    fn learn(&self, p: &Params<f32>, g: &mut Params<f32>, images: &Tensor<f32>, judge: Judge) -> Result<Updates<f32>> {
+        let (logits, mut saved) = self.forward(p, images)?;
+        let updates = N::updates(&mut saved);
+        let d = judge(&logits)?;
+        drop(logits);
+        self.backward(p, g, saved, &d)?;
+        Ok(updates)
+    }
+}
+
+/// A network and the layout of its parameters.
+pub struct Built {
+    /// The network.
+    pub network: Box<dyn Network>,
+    /// Its parameters.
+    pub layout: Arc<Layout>,
+}
+
+impl Built {
+    /// Builds a network.
+    pub fn new<N: Classifier + 'static>(make: impl FnOnce(&mut Names) -> Result<N>) -> Result<Self> {
+        let (network, layout) = Layout::build(make)?;
+        Ok(Built { network: Box::new(network), layout })
+    }
+}

@@ -1,0 +1,199 @@
+//! The promises of every network in `model::zoo`: the published sizes, passes that agree, training that learns, weights by name.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use karat::Result;
+use karat::model::weights;
+use karat::model::zoo::{Eval, FAMILIES, Family, Model, Variant, variants};
+use karat::nn::{Checkpoint, Params, Pass, StepKey, Watch};
+use karat::tensor::random::{Purpose, Rng};
+use karat::tensor::{Tensor, pool};
+use karat::train::Optimizer;
+
+const CLASSES: usize = 3;
+const BATCH: usize = 2;
+const STEPS: usize = 8;
+
+/// One test at a time: the pool counts the memory of the process.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The small network of each family, or of the one that `KARAT_ONLY` names by its operation.
+fn small() -> impl Iterator<Item = (&'static Family, &'static Variant)> {
+    let only = std::env::var("KARAT_ONLY").ok();
+    FAMILIES.iter().filter(move |f| only.as_ref().is_none_or(|op| op == f.op)).map(|family| {
+        let variant = family.variants.iter().find(|v| v.eval == Eval::SMALL);
+        (*family, variant.unwrap_or_else(|| panic!("{} has no small network for 32-pixel images", family.op)))
+    })
+}
+
+fn images(batch: usize, size: usize) -> Tensor<f32> {
+    let mut rng = Rng::new(5, Purpose::Case, 0, 0);
+    Tensor::from_fn([batch, 3, size, size], |_| rng.normal() as f32)
+}
+
+/// The gradient of the mean cross-entropy by the logits, and its value.
+fn cross_entropy(logits: &Tensor<f32>, label: impl Fn(usize) -> usize) -> (f32, Tensor<f32>) {
+    let [b, classes] = logits.dims("logits").unwrap();
+    let mut d = Tensor::zeros([b, classes]);
+    let mut loss = 0.0;
+    for (i, (z, d)) in logits.data().chunks(classes).zip(d.data_mut().chunks_mut(classes)).enumerate() {
+        let max = z.iter().copied().fold(f32::MIN, f32::max);
+        let sum: f32 = z.iter().map(|z| (z - max).exp()).sum();
+        for (j, (d, z)) in d.iter_mut().zip(z).enumerate() {
+            let hot = if j == label(i) { 1.0 } else { 0.0 };
+            *d = ((z - max).exp() / sum - hot) / b as f32;
+        }
+        loss -= (z[label(i)] - max - sum.ln()) / b as f32;
+    }
+    (loss, d)
+}
+
+/// Names are unique; parameters agree with the published counts exactly, multiply-adds to the digits that are given.
+#[test]
+fn published_figures() {
+    let _alone = alone();
+    let mut names = std::collections::BTreeSet::new();
+    let mut wrong = Vec::new();
+    for (_, variant) in variants() {
+        for name in variant.also.iter().chain([&variant.name]) {
+            assert!(names.insert(*name), "{name} twice");
+        }
+        let model = Model::named(variant.name, 1000, None).unwrap();
+        let (count, counted) = (model.build().unwrap().layout.numel(), model.macs().unwrap() / 1e9);
+        if variant.params.is_some_and(|params| params != count) {
+            wrong.push(format!("{}: {count} parameters, published {:?}", variant.name, variant.params));
+        }
+        if variant.gmacs.is_some_and(|gmacs| (counted / gmacs - 1.0).abs() > 0.006) {
+            wrong.push(format!("{}: {counted:.3} GMACs, published {:?}", variant.name, variant.gmacs));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Inference gives the bits of the plain pass; recomputation gives the gradient's bits, with drop path on, and saves memory.
+#[test]
+fn passes_agree() {
+    let _alone = alone();
+    for (_, variant) in small() {
+        let name = variant.name;
+        let mut model = Model::named(name, CLASSES, None).unwrap();
+        model.config.set("drop_path_rate", 0.3);
+        let built = model.build().unwrap();
+        let p = Params::<f32>::init(&built.layout, 1);
+        let x = images(BATCH, model.size);
+        let watch = Watch::default();
+        let inferred = built.network.infer(&p.watched(&watch), &x).unwrap();
+        let shown = watch.take();
+        assert!(
+            shown.iter().any(|(n, _)| n == "pooled") && shown.len() > 1,
+            "{name} shows {:?}",
+            shown.iter().map(|s| &s.0).collect::<Vec<_>>()
+        );
+        let mut plain = Vec::new();
+        let learn = |p: &Params<f32>, seen: &mut Vec<Tensor<f32>>| -> Result<(Params<f32>, usize)> {
+            let mut g = Params::zeros(&built.layout);
+            pool::reset_peak();
+            let start = pool::stats().peak_bytes;
+            built.network.learn(p, &mut g, &x, &mut |logits| {
+                *seen = logits.to_vec();
+                Ok(logits.iter().map(|z| cross_entropy(z, |i| i % CLASSES).1).collect())
+            })?;
+            Ok((g, pool::stats().peak_bytes - start))
+        };
+        learn(&p, &mut plain).unwrap();
+        assert_eq!(inferred.len(), plain.len());
+        for (a, b) in inferred.iter().zip(&plain) {
+            assert_eq!(*a.shape(), [BATCH, CLASSES], "{name}");
+            assert!(a.data() == b.data() && a.data().iter().all(|z| z.is_finite()), "{name}: inference and plain pass differ");
+        }
+        let key = StepKey { seed: 3, step: 7 };
+        let train = |recompute| learn(&p.run_as(Pass::Train { key, recompute }), &mut Vec::new()).unwrap();
+        let ((kept, kept_bytes), (again, again_bytes)) = (train(false), train(true));
+        assert!(kept.flat() == again.flat(), "{name}: recomputation changes the gradient");
+        assert!(again_bytes < kept_bytes, "{name}: {again_bytes} bytes with recomputation, {kept_bytes} without");
+        let other = learn(&p.run_as(Pass::Train { key: StepKey { step: 8, ..key }, recompute: false }), &mut Vec::new()).unwrap().0;
+        assert!(kept.flat() != other.flat(), "{name}: drop path drops nothing");
+        assert!(kept.flat().iter().all(|g| g.is_finite()), "{name}");
+    }
+}
+
+/// A few steps of AdamW learn a batch by heart.
+#[test]
+fn small_networks_learn() {
+    let _alone = alone();
+    for (_, variant) in small() {
+        let model = Model::named(variant.name, CLASSES, None).unwrap();
+        let built = model.build().unwrap();
+        let mut p = Params::<f32>::init(&built.layout, 1);
+        let mut optimizer = Optimizer::new(&p, (0.9, 0.95), 0.0);
+        let x = images(CLASSES, model.size);
+        let mut losses = Vec::new();
+        for step in 0..STEPS as u64 {
+            let mut g = Params::zeros(&built.layout);
+            let train = p.run_as(Pass::Train { key: StepKey { seed: 0, step }, recompute: false });
+            let mut loss = 0.0;
+            let updates = built.network.learn(&train, &mut g, &x, &mut |logits| {
+                let results: Vec<_> = logits.iter().map(|z| cross_entropy(z, |i| i)).collect();
+                loss = results.iter().map(|r| r.0).sum::<f32>();
+                Ok(results.into_iter().map(|r| r.1).collect())
+            });
+            drop(train);
+            losses.push(loss);
+            optimizer.step(&mut p, &g, 1e-3, step + 1, 1.0);
+            p.update(&updates.unwrap());
+        }
+        assert!(losses[STEPS - 1] < 0.8 * losses[0], "{}: {losses:?}", variant.name);
+    }
+}
+
+/// Weights load by name; a wrong file's error lists what is missing, unexpected and misshapen; a new head leaves the classifier out.
+#[test]
+fn weights_load_by_name() {
+    let _alone = alone();
+    let folder = tempfile::tempdir().unwrap();
+    for (family, variant) in small() {
+        let name = variant.name;
+        let model = Model::named(name, CLASSES, None).unwrap();
+        let built = model.build().unwrap();
+        let p = Params::<f32>::init(&built.layout, 9);
+        let path = folder.path().join(format!("{name}.safetensors"));
+        save(&path, &p, |_| true);
+        let file = Checkpoint::open(&path).unwrap();
+        let mut q = Params::<f32>::zeros(&built.layout);
+        weights::load(&file, &model, &mut q, false).unwrap();
+        assert!(p.flat() == q.flat(), "{name}");
+
+        let other = Model::named(name, CLASSES + 2, None).unwrap();
+        let wide = other.build().unwrap();
+        let mut q = Params::<f32>::init(&wide.layout, 2);
+        let error = weights::load(&file, &other, &mut q, false).unwrap_err().to_string();
+        assert!(error.contains("wrong shape") && error.contains("--new-head") && error.contains(name), "{error}");
+        let loaded = weights::load(&file, &other, &mut q, true).unwrap();
+        assert!(!loaded.fresh.is_empty() && loaded.fresh.iter().all(|n| family.rules.heads.iter().any(|h| n.starts_with(h))), "{loaded:?}");
+
+        let first = built.layout.params()[0].name.clone();
+        save(&path, &p, |n| n != first);
+        let file = Checkpoint::open(&path).unwrap();
+        let error = weights::load(&file, &model, &mut Params::zeros(&built.layout), false).unwrap_err().to_string();
+        assert!(error.contains(&format!("1 missing: {first}")) && error.contains(&*path.to_string_lossy()), "{error}");
+    }
+    let error = Model::named("deit_smal_patch16_224", 1000, None).err().unwrap().to_string();
+    assert!(error.contains("deit_small_patch16_224"), "{error}");
+}
+
+fn save(path: &std::path::Path, p: &Params<f32>, keep: impl Fn(&str) -> bool) {
+    let layout = p.layout();
+    let entries = layout.params().iter().map(|e| (e, p.get(e.param))).chain(layout.buffers().iter().map(|e| (e, p.buffer(e.param))));
+    let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = entries
+        .filter(|(e, _)| keep(&e.name))
+        .map(|(e, x)| (e.name.clone(), e.param.shape().to_vec(), x.iter().flat_map(|x| x.to_le_bytes()).collect()))
+        .collect();
+    let views = bytes.iter().map(|(name, shape, data)| {
+        (name.clone(), safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), data).unwrap())
+    });
+    std::fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
