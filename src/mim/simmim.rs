@@ -212,7 +212,7 @@ impl MaskedModel for SimMim {
         let mut mean = Tensor::zeros([b, c]);
         for (mean, x) in mean.data_mut().chunks_exact_mut(c).zip(tokens.data().chunks_exact(n * c)) {
             reduce::add_column_sums(mean, x);
-            mean.iter_mut().for_each(|x| *x = *x / n as f32);
+            mean.iter_mut().for_each(|x| *x /= n as f32);
         }
         Ok(mean)
     }

@@ -14,13 +14,16 @@ pub enum Kept<T: Float, S> {
     Saved(S),
 }
 
+/// The last output, and what is kept of each block.
+pub type Run<T, S> = (Tensor<T>, Vec<Kept<T, S>>);
+
 /// Runs `run(block, index, x)` for each block in turn.
 pub fn forward<T: Float, B, S>(
     p: &Params<T>,
     blocks: &[B],
     mut x: Tensor<T>,
     mut run: impl FnMut(&B, usize, Tensor<T>) -> Result<(Tensor<T>, S)>,
-) -> Result<(Tensor<T>, Vec<Kept<T, S>>)> {
+) -> Result<Run<T, S>> {
     let mut kept = Vec::with_capacity(blocks.len());
     for (index, block) in blocks.iter().enumerate() {
         let input = matches!(p.pass(), Pass::Train { recompute: true, .. }).then(|| x.clone());

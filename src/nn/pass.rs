@@ -32,9 +32,12 @@ pub enum Pass {
     },
 }
 
+/// A name and the tensor under it.
+pub type Named<T> = (String, Tensor<T>);
+
 /// Collects the tensors that a network shows on its way: `pooled`, what the head sees, and the output of each stage.
 #[derive(Clone, Debug)]
-pub struct Watch<T: Float>(Arc<Mutex<Vec<(String, Tensor<T>)>>>);
+pub struct Watch<T: Float>(Arc<Mutex<Vec<Named<T>>>>);
 
 impl<T: Float> Default for Watch<T> {
     fn default() -> Self {
@@ -48,7 +51,7 @@ impl<T: Float> Watch<T> {
     }
 
     /// What was shown since the last call, in order.
-    pub fn take(&self) -> Vec<(String, Tensor<T>)> {
+    pub fn take(&self) -> Vec<Named<T>> {
         std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
