@@ -34,11 +34,7 @@ impl Kernel<f32> for TileOf {
     }
 }
 
-pub(super) fn tile_shape() -> TileShape {
-    f32::dispatch(TileOf)
-}
-
-/// [`tile_shape`] of the back end `isa`.
+/// The register tile of the back end `isa`.
 ///
 /// # Safety
 /// This machine must have `isa`.
@@ -292,12 +288,13 @@ pub(super) fn gemm_f32(a: Mat<f32>, b: Mat<f32>, mut c: MatMut<f32>, epilogue: E
         let width = tile.vectors * LANES;
         let pack = |(p, part): (usize, &mut [f32])| {
             let (first, vectors) = panel(n, tile.vectors, p);
-            pack_panel(rows, first, vectors, part);
+            // SAFETY: `simd::isa` returns what this machine has.
+            unsafe { simd::dispatch_f32_on(isa, Pack { b: rows, first, vectors, out: part }) };
         };
         if depth > 0 {
             let packed = &mut packed[..padded * depth];
             if parallel {
-                packed.par_chunks_mut(depth * width).enumerate().for_each(pack)
+                packed.par_chunks_mut(depth * width).enumerate().with_max_len(1).for_each(pack)
             } else {
                 packed.chunks_mut(depth * width).enumerate().for_each(pack)
             }
@@ -323,7 +320,7 @@ pub(super) fn gemm_f32(a: Mat<f32>, b: Mat<f32>, mut c: MatMut<f32>, epilogue: E
             unsafe { simd::dispatch_f32_on(isa, work) };
         };
         let tasks = row_tasks * col_tasks;
-        if parallel { (0..tasks).into_par_iter().for_each(task) } else { (0..tasks).for_each(task) }
+        if parallel { (0..tasks).into_par_iter().with_max_len(1).for_each(task) } else { (0..tasks).for_each(task) }
     }
 }
 
@@ -374,12 +371,44 @@ impl Kernel<f32> for Small<'_> {
     }
 }
 
-pub(super) fn pack_f32(b: Mat<f32>, out: &mut [f32]) {
-    let vectors = tile_shape().vectors;
-    for p in 0..b.cols().div_ceil(vectors * LANES) {
-        let (first, v) = panel(b.cols(), vectors, p);
-        pack_panel(b, first, v, &mut out[b.rows() * first..]);
+/// One panel of a packed operand.
+struct Pack<'a> {
+    b: Mat<'a, f32>,
+    first: usize,
+    vectors: usize,
+    out: &'a mut [f32],
+}
+
+impl Kernel<f32> for Pack<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector<f32>>(self) {
+        pack_panel::<V>(self.b, self.first, self.vectors, self.out);
     }
+}
+
+/// All panels of a packed operand.
+struct PackAll<'a> {
+    b: Mat<'a, f32>,
+    out: &'a mut [f32],
+}
+
+impl Kernel<f32> for PackAll<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector<f32>>(self) {
+        let (n, vectors) = (self.b.cols(), V::TILE.vectors);
+        for p in 0..n.div_ceil(vectors * LANES) {
+            let (first, v) = panel(n, vectors, p);
+            pack_panel::<V>(self.b, first, v, &mut self.out[self.b.rows() * first..]);
+        }
+    }
+}
+
+pub(super) fn pack_f32(b: Mat<f32>, out: &mut [f32]) {
+    f32::dispatch(PackAll { b, out });
 }
 
 pub(super) fn multiply_packed_f32(a: Mat<f32>, packed: &[f32], mut c: MatMut<f32>, add: bool) {

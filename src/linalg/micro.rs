@@ -112,7 +112,8 @@ pub fn panel(n: usize, tile_vectors: usize, index: usize) -> (usize, usize) {
 }
 
 /// Packs columns `first..` of B, `vectors · 16` of them, as one panel: row after row, padded with zeros.
-pub fn pack_panel(b: Mat<f32>, first: usize, vectors: usize, out: &mut [f32]) {
+#[inline(always)]
+pub fn pack_panel<V: Vector<f32>>(b: Mat<f32>, first: usize, vectors: usize, out: &mut [f32]) {
     let width = vectors * LANES;
     let cols = width.min(b.cols() - first);
     let (k, rs, cs, data) = (b.rows(), b.row_stride(), b.col_stride(), b.data());
@@ -140,17 +141,10 @@ pub fn pack_panel(b: Mat<f32>, first: usize, vectors: usize, out: &mut [f32]) {
         for j0 in (0..width).step_by(BLOCK) {
             let live = cols.saturating_sub(j0).min(BLOCK);
             if rs == 1 && depth == BLOCK && live == BLOCK {
-                let mut block = [[0.0f32; BLOCK]; BLOCK];
-                for (j, row) in block.iter_mut().enumerate() {
-                    let from = (first + j0 + j) * cs + p0;
-                    row.copy_from_slice(&data[from..from + BLOCK]);
-                }
-                for (p, column) in (p0..p0 + BLOCK).enumerate() {
-                    let to = column * width + j0;
-                    for (j, x) in out[to..to + BLOCK].iter_mut().enumerate() {
-                        *x = block[j][p];
-                    }
-                }
+                let (from, to) = ((first + j0) * cs + p0, p0 * width + j0);
+                let (from, to) = (&data[from..from + 15 * cs + BLOCK], &mut out[to..to + 15 * width + BLOCK]);
+                // SAFETY: the slices just taken hold both blocks.
+                unsafe { V::transpose(from.as_ptr(), cs, to.as_mut_ptr(), width) };
                 continue;
             }
             for p in 0..depth {

@@ -23,6 +23,45 @@ pub fn run_f64<K: Kernel<f64>>(kernel: K) -> K::Output {
     kernel.run::<double::F64x16>()
 }
 
+/// Transposes 8 × 8 floats.
+///
+/// # Safety
+/// The machine must have AVX2, and both blocks must be valid.
+#[inline(always)]
+unsafe fn transpose_8(from: *const f32, from_row: usize, to: *mut f32, to_row: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let [a, b, c, d, e, f, g, h]: [__m256; 8] = std::array::from_fn(|j| _mm256_loadu_ps(from.add(j * from_row)));
+        let pairs = [
+            [_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d), _mm256_unpacklo_ps(e, f), _mm256_unpacklo_ps(g, h)],
+            [_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d), _mm256_unpackhi_ps(e, f), _mm256_unpackhi_ps(g, h)],
+        ];
+        for (i, [ab, cd, ef, gh]) in pairs.into_iter().enumerate() {
+            let fours = [
+                [_mm256_shuffle_ps::<0x44>(ab, cd), _mm256_shuffle_ps::<0x44>(ef, gh)],
+                [_mm256_shuffle_ps::<0xee>(ab, cd), _mm256_shuffle_ps::<0xee>(ef, gh)],
+            ];
+            for (k, [abcd, efgh]) in fours.into_iter().enumerate() {
+                let column = 2 * i + k;
+                _mm256_storeu_ps(to.add(column * to_row), _mm256_permute2f128_ps::<0x20>(abcd, efgh));
+                _mm256_storeu_ps(to.add((column + 4) * to_row), _mm256_permute2f128_ps::<0x31>(abcd, efgh));
+            }
+        }
+    }
+}
+
+/// [`Vector::transpose`] where there is AVX2.
+///
+/// # Safety
+/// As [`Vector::transpose`], and the machine must have AVX2.
+#[inline(always)]
+pub(super) unsafe fn transpose(from: *const f32, from_row: usize, to: *mut f32, to_row: usize) {
+    for (i, j) in [(0, 0), (0, 8), (8, 0), (8, 8)] {
+        // SAFETY: the caller's promise; the quarters lie inside the blocks.
+        unsafe { transpose_8(from.add(i * from_row + j), from_row, to.add(j * to_row + i), to_row) };
+    }
+}
+
 macro_rules! binary {
     ($($op:ident $method:ident $intrinsic:ident),*) => {$(
         impl $op for F32x16 {
@@ -79,6 +118,12 @@ unsafe fn ldexp(x: __m256, n: __m256) -> __m256 {
 // within the slices given, whose lengths are checked.
 impl Vector<f32> for F32x16 {
     const TILE: TileShape = TileShape { rows: 6, vectors: 1 };
+
+    #[inline(always)]
+    unsafe fn transpose(from: *const f32, from_row: usize, to: *mut f32, to_row: usize) {
+        // SAFETY: the caller's promise; a vector of this type exists only where AVX2 does.
+        unsafe { transpose(from, from_row, to, to_row) }
+    }
 
     #[inline(always)]
     fn splat(x: f32) -> Self {

@@ -52,6 +52,12 @@ impl Vector<f32> for F32x16 {
     const TILE: TileShape = TileShape { rows: 14, vectors: 2 };
 
     #[inline(always)]
+    unsafe fn transpose(from: *const f32, from_row: usize, to: *mut f32, to_row: usize) {
+        // SAFETY: the caller's promise; a vector of this type exists only where AVX2 does.
+        unsafe { super::avx2::transpose(from, from_row, to, to_row) }
+    }
+
+    #[inline(always)]
     fn splat(x: f32) -> Self {
         // SAFETY: see above.
         F32x16(unsafe { _mm512_set1_ps(x) })

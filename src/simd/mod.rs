@@ -81,6 +81,18 @@ pub trait Vector<T: Copy>:
     /// `x Φ(x)`.
     fn gelu(self) -> Self;
 
+    /// Transposes a block of sixteen rows and columns: `to[p · to_row + j] = from[j · from_row + p]`.
+    ///
+    /// # Safety
+    /// Both blocks must be valid for reading and writing, and must not overlap.
+    #[inline(always)]
+    unsafe fn transpose(from: *const T, from_row: usize, to: *mut T, to_row: usize) {
+        for (j, p) in (0..LANES).flat_map(|j| (0..LANES).map(move |p| (j, p))) {
+            // SAFETY: inside the blocks.
+            unsafe { *to.add(p * to_row + j) = *from.add(j * from_row + p) };
+        }
+    }
+
     /// The sum of the lanes by one fixed tree: halves folded onto each other, 8, 4, 2, 1.
     #[inline(always)]
     fn sum(self) -> T

@@ -1,6 +1,7 @@
 //! Training: optimizer, schedule, checkpoints, metrics, the loop, and the linear probe. Generic over [`crate::nn::Objective`].
 
 mod config;
+mod loss;
 mod metrics;
 mod optimizer;
 mod probe;
@@ -8,6 +9,7 @@ mod schedule;
 mod trainer;
 
 pub use config::{BUILTIN, Length, TrainConfig};
+pub use loss::cross_entropy;
 pub use metrics::{METRICS, StepReport, read as read_metrics};
 pub use optimizer::{Optimizer, clip, decay_runs, decays};
 pub use probe::{Features, ProbeResult, extract, pixels, probe};

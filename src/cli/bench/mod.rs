@@ -3,6 +3,7 @@
 mod attention;
 mod gemm;
 mod mim;
+mod model;
 mod peak;
 
 use std::io::Write;
@@ -24,6 +25,7 @@ pub enum Bench {
     Gemm(gemm::Gemm),
     Attention(attention::Attention),
     Mim(mim::Mim),
+    Model(model::BenchModel),
 }
 
 impl Bench {
@@ -33,6 +35,7 @@ impl Bench {
             Bench::Gemm(command) => command.run(out, threads),
             Bench::Attention(command) => command.run(out),
             Bench::Mim(command) => command.run(out),
+            Bench::Model(command) => command.run(out),
         }
     }
 }
