@@ -70,7 +70,7 @@ impl Eval {
 }
 
 /// Every family.
-pub static FAMILIES: &[&Family] = &[&super::vit::FAMILY, &super::vit::DISTILLED_FAMILY];
+pub static FAMILIES: &[&Family] = &[&super::vit::FAMILY, &super::vit::DISTILLED_FAMILY, &super::swin::FAMILY];
 
 /// Every family's variants, with their family.
 pub fn variants() -> impl Iterator<Item = (&'static Family, &'static Variant)> {
