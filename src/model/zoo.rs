@@ -70,7 +70,8 @@ impl Eval {
 }
 
 /// Every family.
-pub static FAMILIES: &[&Family] = &[&super::vit::FAMILY, &super::vit::DISTILLED_FAMILY, &super::swin::FAMILY];
+pub static FAMILIES: &[&Family] =
+    &[&super::vit::FAMILY, &super::vit::DISTILLED_FAMILY, &super::swin::FAMILY, &super::xcit::FAMILY];
 
 /// Every family's variants, with their family.
 pub fn variants() -> impl Iterator<Item = (&'static Family, &'static Variant)> {
