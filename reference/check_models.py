@@ -54,11 +54,31 @@ def swin_official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
+def xcit_official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The authors' names: `pos_embeder`, and one `qkv` in the class blocks."""
+    out = {}
+    for name, value in state.items():
+        if ".attn.q." in name:
+            value = torch.cat([state[name.replace(".q.", f".{part}.")] for part in "qkv"])
+        if ".attn.k." not in name and ".attn.v." not in name:
+            out[name.replace(".attn.q.", ".attn.qkv.").replace("pos_embed.", "pos_embeder.")] = value
+    return out
+
+
+def cait_official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As saved by the authors' distributed training."""
+    return {f"module.{name}": value for name, value in state.items()}
+
+
 CHECKS = {
     "swin": Check("swin_tiny_patch4_window7_224", {"depths": (2, 2, 2, 1)}, {"depths": [2, 2, 2, 1]}),
     "swin_official": Check("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 2)}, {"depths": [1, 1, 1, 2]}, rename=swin_official),
     # 100 pixels: 25, 13, 7 and 4 tokens a side; windows and cells are padded.
     "swin_odd": Check("swin_tiny_patch4_window7_224", {"depths": (2, 2, 2, 1), "img_size": 100}, {"depths": [2, 2, 2, 1]}, size=100),
+    "xcit": Check("xcit_nano_12_p16_224", {"depth": 3}, {"depth": 3}),
+    "xcit_official": Check("xcit_tiny_12_p8_224", {"depth": 1}, {"depth": 1}, rename=xcit_official),
+    "cait": Check("cait_xxs24_224", {"depth": 3}, {"depth": 3}),
+    "cait_official": Check("cait_xxs36_224", {"depth": 1}, {"depth": 1}, rename=cait_official),
 }
 
 

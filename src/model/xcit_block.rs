@@ -16,7 +16,7 @@ use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
 use super::swin_ops::map_size;
-use super::vit_block::{hidden_width, scale_backward};
+use super::vit_block::{add_branch, hidden_width, scale_backward};
 
 /// The attention of a block.
 #[derive(Clone, Copy, Debug)]
@@ -180,10 +180,11 @@ impl Block {
 
     /// The block's output, for tokens `[B, N, C]` of a map of `map` rows and columns.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>, map: [usize; 2], training: bool) -> Result<(Tensor<T>, Saved<T>)> {
+        let ([scale1, scale3, scale2], [drop1, drop3, drop2]) = (self.scales, self.drops);
         let (normed, stats1) = self.norm1.forward(p, &x)?;
-        let (x3, attn, branch1) = self.add_branch(p, 0, &x, |residual| self.attn.forward(p, &normed, residual))?;
+        let (x3, attn, branch1) = add_branch(p, drop1, scale1, &x, |residual| self.attn.forward(p, &normed, residual))?;
         let (normed, stats3) = self.norm3.forward(p, &x3)?;
-        let (x2, local, branch3) = self.add_branch(p, 1, &x3, |residual| {
+        let (x2, local, branch3) = add_branch(p, drop3, scale3, &x3, |residual| {
             let (mut f, saved) = self.local.forward(p, &normed, map, training)?;
             if let Some(residual) = residual {
                 elementwise::add(f.data_mut(), residual.data());
@@ -191,31 +192,9 @@ impl Block {
             Ok((f, saved))
         })?;
         let (normed, stats2) = self.norm2.forward(p, &x2)?;
-        let (y, mlp, branch2) = self.add_branch(p, 2, &x2, |residual| self.mlp.forward(p, &normed, residual))?;
+        let (y, mlp, branch2) = add_branch(p, drop2, scale2, &x2, |residual| self.mlp.forward(p, &normed, residual))?;
         let (x, stats) = ([x, x3, x2], [stats1, stats3, stats2]);
         Ok((y, Saved { x, stats, attn, local, mlp, branches: [branch1, branch3, branch2], map }))
-    }
-
-    /// `x + γ ⊙ drop(f)` for branch `i`, what the branch saves, and the branch itself if it has gains. `run(Some(x))` is `x + f`,
-    /// `run(None)` is `f`.
-    fn add_branch<T: Float, S>(
-        &self,
-        p: &Params<T>,
-        i: usize,
-        x: &Tensor<T>,
-        run: impl FnOnce(Option<&Tensor<T>>) -> Result<(Tensor<T>, S)>,
-    ) -> Result<(Tensor<T>, S, Option<Tensor<T>>)> {
-        match &self.scales[i] {
-            None => {
-                let (y, saved) = self.drops[i].residual(p, x, run)?;
-                Ok((y, saved, None))
-            }
-            Some(scale) => {
-                let (f, saved) = run(None)?;
-                let f = self.drops[i].apply(p, f);
-                Ok((scale.forward(p, x, &f)?, saved, Some(f)))
-            }
-        }
     }
 
     /// `dx`.

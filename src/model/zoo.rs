@@ -70,8 +70,13 @@ impl Eval {
 }
 
 /// Every family.
-pub static FAMILIES: &[&Family] =
-    &[&super::vit::FAMILY, &super::vit::DISTILLED_FAMILY, &super::swin::FAMILY, &super::xcit::FAMILY];
+pub static FAMILIES: &[&Family] = &[
+    &super::vit::FAMILY,
+    &super::vit::DISTILLED_FAMILY,
+    &super::swin::FAMILY,
+    &super::xcit::FAMILY,
+    &super::cait::FAMILY,
+];
 
 /// Every family's variants, with their family.
 pub fn variants() -> impl Iterator<Item = (&'static Family, &'static Variant)> {
