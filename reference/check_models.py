@@ -70,6 +70,13 @@ def cait_official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"module.{name}": value for name, value in state.items()}
 
 
+def coat_official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the second names of shared modules, with the authors' norms that nothing uses."""
+    shared = (".cpe.", ".crpe.", ".mlp3.", ".mlp4.")
+    out = {name: value for name, value in state.items() if not any(part in name for part in shared)}
+    return out | {f"norm{s}.{part}": torch.ones(64) for s in (1, 2, 3) for part in ("weight", "bias")}
+
+
 CHECKS = {
     "swin": Check("swin_tiny_patch4_window7_224", {"depths": (2, 2, 2, 1)}, {"depths": [2, 2, 2, 1]}),
     "swin_official": Check("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 2)}, {"depths": [1, 1, 1, 2]}, rename=swin_official),
@@ -79,6 +86,18 @@ CHECKS = {
     "xcit_official": Check("xcit_tiny_12_p8_224", {"depth": 1}, {"depth": 1}, rename=xcit_official),
     "cait": Check("cait_xxs24_224", {"depth": 3}, {"depth": 3}),
     "cait_official": Check("cait_xxs36_224", {"depth": 1}, {"depth": 1}, rename=cait_official),
+    "coat": Check(
+        "coat_tiny",
+        {"serial_depths": (1, 1, 1, 1), "parallel_depth": 2},
+        {"serial_depths": [1, 1, 1, 1], "parallel_depth": 2},
+    ),
+    "coat_lite": Check("coat_lite_tiny"),
+    "coat_official": Check(
+        "coat_lite_tiny",
+        {"serial_depths": (1, 1, 1, 1)},
+        {"serial_depths": [1, 1, 1, 1]},
+        rename=coat_official,
+    ),
 }
 
 

@@ -76,6 +76,7 @@ pub static FAMILIES: &[&Family] = &[
     &super::swin::FAMILY,
     &super::xcit::FAMILY,
     &super::cait::FAMILY,
+    &super::coat::FAMILY,
 ];
 
 /// Every family's variants, with their family.
