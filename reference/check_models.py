@@ -98,6 +98,7 @@ CHECKS = {
         {"serial_depths": [1, 1, 1, 1]},
         rename=coat_official,
     ),
+    "beit": Check("beit_base_patch16_224", {"depth": 2}, {"depth": 2}),
 }
 
 

@@ -81,7 +81,13 @@ impl Mixer {
     }
 
     /// `FactAtt(LN(CPE x))`; with `drop`, that is a residual branch beside `CPE x`.
-    fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>, map: [usize; 2], drop: Option<DropPath>) -> Result<(Tensor<T>, MixerSaved<T>)> {
+    fn forward<T: Float>(
+        &self,
+        p: &Params<T>,
+        x: Tensor<T>,
+        map: [usize; 2],
+        drop: Option<DropPath>,
+    ) -> Result<(Tensor<T>, MixerSaved<T>)> {
         let encoded = self.cpe.forward(p, &x, map)?;
         let (normed, stats) = self.norm.forward(p, &encoded)?;
         let attend = |residual: Option<&Tensor<T>>| self.attention.forward(p, &normed, map, residual);

@@ -77,6 +77,7 @@ pub static FAMILIES: &[&Family] = &[
     &super::xcit::FAMILY,
     &super::cait::FAMILY,
     &super::coat::FAMILY,
+    &super::beit::FAMILY,
 ];
 
 /// Every family's variants, with their family.
