@@ -78,6 +78,7 @@ pub static FAMILIES: &[&Family] = &[
     &super::cait::FAMILY,
     &super::coat::FAMILY,
     &super::beit::FAMILY,
+    &super::xvit::FAMILY,
 ];
 
 /// Every family's variants, with their family.
