@@ -39,6 +39,7 @@ impl SimMimVit {
                 hidden: hidden_width(dim, config.f64_or("mlp_ratio", 4.0)?)?,
                 eps,
                 layer_scale: config.bool("layer_scale")?.then_some(0.1),
+                drop_path: config.f64_or("drop_path_rate", 0.0)?,
                 names: BEIT_NAMES,
             },
             mask_token: true,

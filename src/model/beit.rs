@@ -6,17 +6,23 @@
 //! patches after `fc_norm`.
 
 use super::beit_block::{self, BEIT_NAMES, Block};
-use super::vit::token_row;
+use super::network::{Built, Classifier};
+use super::stack::{self, Kept};
+use super::swin_ops::{mean_tokens, mean_tokens_backward};
+use super::vit::{resize_pos_embed, token_row};
 use super::vit_block::hidden_width;
+use super::weights::{Key, Rules};
+use super::zoo::{Eval, Family, Variant};
 use crate::attention::beit::{self, Biases};
 use crate::case::{Config, Draw, Operation, Run};
+use crate::data::transform::Normalization;
 use crate::error::Result;
 use crate::kernel::{elementwise, reduce, rows};
 use crate::nn::beit_rel_pos::RelativeTable;
 use crate::nn::mask_token::{mix_token, mix_token_backward};
-use crate::nn::{Init, LayerNorm, Layout, Linear, Names, Param, Params, PatchEmbed, Stats, patch_embed};
+use crate::nn::{Init, LayerNorm, Layout, Linear, Names, Param, Params, Pass, PatchEmbed, Stats, beit_rel_pos_resize, patch_embed};
 use crate::tensor::random::Rng;
-use crate::tensor::{Float, Tensor};
+use crate::tensor::{Float, Shape, Tensor};
 
 /// What an [`Encoder`] is made of.
 #[derive(Clone, Copy, Debug)]
@@ -62,7 +68,7 @@ pub struct Encoder {
 pub struct EncoderSaved<T: Float> {
     embed: patch_embed::Saved<T>,
     hidden: Option<Vec<bool>>,
-    blocks: Vec<beit_block::Saved<T>>,
+    blocks: Vec<Kept<T, beit_block::Saved<T>>>,
     last: Option<(Tensor<T>, Stats<T>)>,
 }
 
@@ -79,7 +85,8 @@ impl Encoder {
         let positions = settings.positions.then(|| names.param("pos_embed", [1, 1 + grid[0] * grid[1], dim], Init::NORMAL_02));
         let shared = settings.shared_table.then(|| RelativeTable::new(&mut names.at("rel_pos_bias"), grid, heads)).transpose()?;
         block.attention.window = settings.own_tables.then_some(grid);
-        let blocks = (0..depth).map(|i| Block::new(&mut names.at(format!("blocks.{i}")), block.at_depth(i))).collect::<Result<_>>()?;
+        let blocks =
+            (0..depth).map(|i| Block::new(&mut names.at(format!("blocks.{i}")), block.at_depth(i, depth))).collect::<Result<_>>()?;
         let norm = settings.norm.then(|| LayerNorm::new(names.at("norm"), dim, block.eps));
         Ok(Encoder { embed, cls_token, mask_token, positions, shared, blocks, norm, dim })
     }
@@ -96,24 +103,6 @@ impl Encoder {
 
     /// The tokens `[B, 1 + N, C]` after the norm; `hidden` `[B, N]` says where the mask token stands.
     pub fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>, hidden: Option<&[bool]>) -> Result<(Tensor<T>, EncoderSaved<T>)> {
-        let mut blocks = Vec::with_capacity(self.blocks.len());
-        let (y, embed, last) = self.run(p, image, hidden, |saved| blocks.push(saved))?;
-        Ok((y, EncoderSaved { embed, hidden: hidden.map(<[bool]>::to_vec), blocks, last }))
-    }
-
-    /// [`forward`](Self::forward) of whole images without keeping anything for a backward pass.
-    pub fn infer<T: Float>(&self, p: &Params<T>, image: &Tensor<T>) -> Result<Tensor<T>> {
-        Ok(self.run(p, image, None, drop)?.0)
-    }
-
-    #[allow(clippy::type_complexity)]
-    fn run<T: Float>(
-        &self,
-        p: &Params<T>,
-        image: &Tensor<T>,
-        hidden: Option<&[bool]>,
-        mut keep: impl FnMut(beit_block::Saved<T>),
-    ) -> Result<(Tensor<T>, patch_embed::Saved<T>, Option<(Tensor<T>, Stats<T>)>)> {
         let (mut patches, embed) = self.embed.forward(p, image, None)?;
         if let (Some(token), Some(hidden)) = (self.mask_token, hidden) {
             mix_token(p, token, &mut patches, hidden)?;
@@ -124,18 +113,21 @@ impl Encoder {
             rows::add_table(x.data_mut(), p.get(positions));
         }
         let shared = self.shared.map(|table| table.dense(p));
-        for block in &self.blocks {
-            let (y, saved) = block.forward(p, &x, shared.as_ref())?;
-            keep(saved);
-            x = y;
-        }
-        match &self.norm {
-            None => Ok((x, embed, None)),
+        let (x, blocks) = stack::forward(p, &self.blocks, x, |block, _, x| block.forward(p, &x, shared.as_ref()))?;
+        let (y, last) = match &self.norm {
+            None => (x, None),
             Some(norm) => {
                 let (y, stats) = norm.forward(p, &x)?;
-                Ok((y, embed, Some((x, stats))))
+                (y, Some((x, stats)))
             }
-        }
+        };
+        p.show("tokens", &y);
+        Ok((y, EncoderSaved { embed, hidden: hidden.map(<[bool]>::to_vec), blocks, last }))
+    }
+
+    /// [`forward`](Self::forward) of whole images without keeping anything for a backward pass.
+    pub fn infer<T: Float>(&self, p: &Params<T>, image: &Tensor<T>) -> Result<Tensor<T>> {
+        Ok(self.forward(&p.run_as(Pass::Infer), image, None)?.0)
     }
 
     /// Adds the gradients of the parameters; the gradient of the image if `want_image`.
@@ -148,15 +140,19 @@ impl Encoder {
         want_image: bool,
     ) -> Result<Option<Tensor<T>>> {
         let EncoderSaved { embed, hidden, blocks, last } = saved;
-        let mut d = match (&self.norm, last) {
+        let d = match (&self.norm, last) {
             (Some(norm), Some((x, stats))) => norm.backward(p, g, &x, &stats, dy, None)?,
             _ => dy.clone(),
         };
         let shared = self.shared.map(|table| table.dense(p));
         let mut d_shared = shared.as_ref().map(|shared| Tensor::zeros(shared.shape()));
-        for (block, saved) in self.blocks.iter().zip(blocks).rev() {
-            d = block.backward(p, g, saved, shared.as_ref(), d_shared.as_mut(), &d)?;
-        }
+        let d = stack::backward(
+            &self.blocks,
+            blocks,
+            d,
+            |block, _, x| block.forward(p, &x, shared.as_ref()),
+            |block, _, saved, d| block.backward(p, g, saved, shared.as_ref(), d_shared.as_mut(), d),
+        )?;
         if let (Some(table), Some(d_shared)) = (self.shared, d_shared) {
             table.backward(g, &d_shared);
         }
@@ -231,7 +227,8 @@ pub fn settings(config: &Config, pretraining: bool, norm: bool) -> Result<Settin
             attention: beit::Settings { biases, ..beit::Settings::new(dim, heads) },
             hidden: hidden_width(dim, config.f64_or("mlp_ratio", 4.0)?)?,
             eps: config.f64_or("ln_eps", 1e-6)?,
-            layer_scale: config.bool("layer_scale")?.then_some(0.1),
+            layer_scale: if config.bool("layer_scale")? { Some(config.f64_or("init_scale", 0.1)?) } else { None },
+            drop_path: config.f64_or("drop_path_rate", 0.0)?,
             names: BEIT_NAMES,
         },
         mask_token: pretraining,
@@ -279,11 +276,12 @@ impl Beit {
         let (pooled, normed) = match &self.fc_norm {
             None => (token_row(&x, 0)?, None),
             Some(norm) => {
-                let mean = super::swin_ops::mean_tokens(&without_class_token(&x)?)?;
+                let mean = mean_tokens(&without_class_token(&x)?)?;
                 let (y, stats) = norm.forward(p, &mean)?;
                 (y, Some((mean, stats)))
             }
         };
+        p.show("pooled", &pooled);
         let logits = self.head.as_ref().map_or(Ok(pooled.clone()), |head| head.forward(p, &pooled))?;
         Ok((logits, Saved { encoder, tokens, pooled, normed }))
     }
@@ -303,7 +301,7 @@ impl Beit {
         let d_tokens = match (&self.fc_norm, &normed) {
             (Some(norm), Some((x, stats))) => {
                 let d = norm.backward(p, g, x, stats, &d, None)?;
-                without_class_token_backward(&super::swin_ops::mean_tokens_backward(&d, tokens - 1)?)?
+                without_class_token_backward(&mean_tokens_backward(&d, tokens - 1)?)?
             }
             _ => {
                 let mut d_tokens = Tensor::zeros([b, tokens, c]);
@@ -316,6 +314,81 @@ impl Beit {
         self.encoder.backward(p, g, encoder, &d_tokens, want_image)
     }
 }
+
+impl Classifier for Beit {
+    type Saved = Saved<f32>;
+
+    fn forward(&self, p: &Params<f32>, images: &Tensor<f32>) -> Result<(Vec<Tensor<f32>>, Saved<f32>)> {
+        let (logits, saved) = self.forward(p, images)?;
+        Ok((vec![logits], saved))
+    }
+
+    fn backward(&self, p: &Params<f32>, g: &mut Params<f32>, saved: Saved<f32>, d: &[Tensor<f32>]) -> Result<()> {
+        self.backward(p, g, saved, &d[0], false).map(drop)
+    }
+}
+
+/// Tables of positions for another image size: the relative ones along the authors' geometric grid, the absolute one bicubic.
+fn resize(name: &str, table: &Tensor<f32>, wanted: Shape, _: &Config) -> Result<Option<Tensor<f32>>> {
+    if name == "pos_embed" {
+        return resize_pos_embed(1, table, wanted);
+    }
+    if !name.ends_with("relative_position_bias_table") {
+        return Ok(None);
+    }
+    // (2s − 1)² pairs of patches and three of the class token.
+    let side = |rows: usize| {
+        rows.checked_sub(3).map(usize::isqrt).filter(|span| span * span + 3 == rows && span % 2 == 1).map(|span| span.div_ceil(2))
+    };
+    let ((rows, heads), (wanted_rows, wanted_heads)) = (table.shape().rows_cols(), wanted.rows_cols());
+    match (side(rows), side(wanted_rows)) {
+        (Some(old), Some(new)) if heads == wanted_heads => beit_rel_pos_resize::resize(table, old, new).map(Some),
+        _ => Ok(None),
+    }
+}
+
+/// Multiply-adds for one image.
+fn macs(config: &Config, size: usize) -> Result<f64> {
+    let [c, patch, depth, classes] = ["dim", "patch_size", "depth", "num_classes"].map(|key| config.usize(key));
+    let (c, patch, ratio) = (c? as f64, patch?.max(1), config.f64("mlp_ratio")?);
+    let patches = (size / patch).pow(2) as f64;
+    let n = patches + 1.0;
+    let block = (4.0 + 2.0 * ratio) * n * c * c + 2.0 * n * n * c;
+    Ok(patches * c * (3 * patch * patch) as f64 + depth? as f64 * block + c * classes? as f64)
+}
+
+const fn variant(name: &'static str, config: &'static str, eval: Eval, params: usize, gmacs: f64) -> Variant {
+    Variant { name, also: &[], config, eval, params: Some(params), gmacs: Some(gmacs) }
+}
+
+const HALF: Eval = Eval { normalization: Normalization::HALF, ..Eval::IMAGENET };
+const BASE: &str = r#"{"dim": 768, "depth": 12, "num_heads": 12}"#;
+/// As in the first version of the paper.
+const BASE_V1: &str = r#"{"dim": 768, "depth": 12, "num_heads": 12, "abs_pos_emb": true, "rel_pos_bias": false, "layer_scale": false}"#;
+const LARGE: &str = r#"{"dim": 1024, "depth": 24, "num_heads": 16, "init_scale": 1e-5}"#;
+const MICRO: &str = r#"{"dim": 96, "depth": 6, "num_heads": 4, "patch_size": 4}"#;
+
+/// BEiT, fine-tuned: a table per block, the mean of the patches.
+pub static FAMILY: Family = Family {
+    op: "model.beit",
+    common: r#"{"patch_size": 16, "in_chans": 3, "mlp_ratio": 4.0, "qkv_bias": true, "abs_pos_emb": false, "rel_pos_bias": true,
+        "shared_rel_pos_bias": false, "mean_pooling": true, "layer_scale": true, "ln_eps": 1e-6}"#,
+    build: |config| Built::new(|names| Beit::new(names, config)),
+    at_size: |config, size| {
+        config.set("img_h", size).set("img_w", size);
+    },
+    macs,
+    rules: Rules { key: |name| if name.ends_with("relative_position_index") { Key::Drop } else { Key::Keep }, resize, heads: &["head"] },
+    variants: &[
+        variant("beit_base_patch16_224", BASE, HALF, 86_530_984, 17.56),
+        variant("beit_base_patch16_384", BASE, HALF.at(384).crop(1.0), 86_744_104, 55.48),
+        variant("beit_large_patch16_224", LARGE, HALF, 304_430_568, 61.55),
+        variant("beit_large_patch16_384", LARGE, HALF.at(384).crop(1.0), 304_998_888, 191.07),
+        variant("beit_large_patch16_512", LARGE, HALF.at(512).crop(1.0), 305_674_728, 361.99),
+        variant("beit_base_patch16_224_v1", BASE_V1, HALF, 86_558_440, 17.56),
+        Variant { name: "beit_micro", also: &[], config: MICRO, eval: Eval::SMALL, params: None, gmacs: None },
+    ],
+};
 
 /// A random small encoder: the keys that `model.beit` and `mim.beit` share.
 pub fn sample_encoder(rng: &mut Rng) -> Config {

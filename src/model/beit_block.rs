@@ -7,11 +7,11 @@ use crate::attention::beit::{self, BeitAttention, Biases, draw_inputs, run_with_
 use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::Result;
 use crate::nn::beit_rel_pos::window;
-use crate::nn::{Init, LayerNorm, LayerScale, Layout, Mlp, Names, Params, Stats, mlp};
+use crate::nn::{DropPath, Init, LayerNorm, LayerScale, Layout, Mlp, Names, Params, Stats, mlp};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
-use super::vit_block::{hidden_width, scale_backward};
+use super::vit_block::{add_branch, hidden_width, scale_backward};
 
 /// The published names of the parts.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +40,8 @@ pub struct Settings {
     pub eps: f64,
     /// Start of `gamma_1` and `gamma_2`, if there are any.
     pub layer_scale: Option<f64>,
+    /// Probability that a branch is left out in training.
+    pub drop_path: f64,
     /// Names of the parts.
     pub names: PartNames,
 }
@@ -53,12 +55,14 @@ impl Settings {
             attention,
             eps: config.f64_or("ln_eps", 1e-6)?,
             layer_scale: config.bool("layer_scale")?.then_some(0.1),
+            drop_path: config.f64_or("drop_path_rate", 0.0)?,
             names: BEIT_NAMES,
         })
     }
 
-    /// The weights that end the residual branches of block `index` start smaller by √(2(index + 1)).
-    pub fn at_depth(mut self, index: usize) -> Self {
+    /// Block `index` of `depth`: the weights that end its branches start smaller by √(2(index + 1)), drop path grows linearly from 0.
+    pub fn at_depth(mut self, index: usize, depth: usize) -> Self {
+        self.drop_path = DropPath::linear(self.drop_path, index, depth);
         self.attention.proj_init = Init::Normal(0.02 / (2.0 * (index + 1) as f64).sqrt());
         self
     }
@@ -81,6 +85,7 @@ pub struct Block {
     norm2: LayerNorm,
     mlp: Mlp,
     scale2: Option<LayerScale>,
+    drops: [DropPath; 2],
 }
 
 /// What the backward pass needs.
@@ -98,32 +103,24 @@ pub struct Saved<T: Float> {
 impl Block {
     /// Registers the parameters.
     pub fn new(names: &mut Names, settings: Settings) -> Result<Self> {
-        let Settings { attention, hidden, eps, layer_scale, names: part } = settings;
+        let Settings { attention, hidden, eps, layer_scale, drop_path, names: part } = settings;
         let dim = attention.dim;
         let norm1 = LayerNorm::new(names.at(part.norms[0]), dim, eps);
         let attn = BeitAttention::new(names.at("attn"), attention)?;
         let norm2 = LayerNorm::new(names.at(part.norms[1]), dim, eps);
         let mlp = Mlp::named(names.at(part.mlp), part.layers, dim, hidden, [Init::NORMAL_02, attention.proj_init]);
         let [scale1, scale2] = ["gamma_1", "gamma_2"].map(|name| layer_scale.map(|start| LayerScale::new(names, name, dim, start)));
-        Ok(Block { norm1, attn, scale1, norm2, mlp, scale2 })
+        let drops = [DropPath::new(names, drop_path)?, DropPath::new(names, drop_path)?];
+        Ok(Block { norm1, attn, scale1, norm2, mlp, scale2, drops })
     }
 
     /// The block's output; `outer` `[h, N, N]` is added to the scores.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: &Tensor<T>, outer: Option<&Tensor<T>>) -> Result<(Tensor<T>, Saved<T>)> {
         let (normed, stats1) = self.norm1.forward(p, x)?;
-        let (mut middle, attn) = self.attn.forward(p, &normed, outer, self.scale1.is_none().then_some(x))?;
-        let mut branch1 = None;
-        if let Some(scale) = self.scale1 {
-            let y = scale.forward(p, x, &middle)?;
-            branch1 = Some(std::mem::replace(&mut middle, y));
-        }
+        let (middle, attn, branch1) =
+            add_branch(p, self.drops[0], self.scale1, x, |residual| self.attn.forward(p, &normed, outer, residual))?;
         let (normed, stats2) = self.norm2.forward(p, &middle)?;
-        let (mut y, mlp) = self.mlp.forward(p, &normed, self.scale2.is_none().then_some(&middle))?;
-        let mut branch2 = None;
-        if let Some(scale) = self.scale2 {
-            let sum = scale.forward(p, &middle, &y)?;
-            branch2 = Some(std::mem::replace(&mut y, sum));
-        }
+        let (y, mlp, branch2) = add_branch(p, self.drops[1], self.scale2, &middle, |residual| self.mlp.forward(p, &normed, residual))?;
         Ok((y, Saved { x: x.clone(), stats1, attn, branch1, middle, stats2, mlp, branch2 }))
     }
 
@@ -138,13 +135,13 @@ impl Block {
         dy: &Tensor<T>,
     ) -> Result<Tensor<T>> {
         let Saved { x, stats1, attn, branch1, middle, stats2, mlp, branch2 } = saved;
-        let df = scale_backward(p, g, self.scale2, branch2, dy)?;
+        let df = self.drops[1].apply(p, scale_backward(p, g, self.scale2, branch2, dy)?);
         let normed = self.norm2.again(p, &middle, &stats2);
         let d_normed = self.mlp.backward(p, g, &normed, mlp, &df)?;
         drop((df, normed));
         let d_middle = self.norm2.backward(p, g, &middle, &stats2, &d_normed, Some(dy))?;
         drop((d_normed, middle));
-        let df = scale_backward(p, g, self.scale1, branch1, &d_middle)?;
+        let df = self.drops[0].apply(p, scale_backward(p, g, self.scale1, branch1, &d_middle)?);
         let normed = self.norm1.again(p, &x, &stats1);
         let d_normed = self.attn.backward(p, g, &normed, attn, outer, d_outer, &df)?;
         drop((df, normed));
@@ -200,6 +197,7 @@ pub fn a2mim_settings(config: &Config, dim: usize, window: [usize; 2]) -> Result
         hidden: config.positive("mlp_hidden")?,
         eps: config.f64_or("ln_eps", 1e-6)?,
         layer_scale: config.bool_or("layer_scale", true)?.then_some(0.1),
+        drop_path: 0.0,
         names: A2MIM_NAMES,
     })
 }

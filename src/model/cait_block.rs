@@ -14,10 +14,11 @@ use crate::attention::talking_heads::{self, TalkingHeads};
 use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::{Error, Result};
 use crate::kernel::elementwise;
-use crate::nn::{Init, LayerNorm, LayerScale, Layout, Mlp, Names, Param, Params, Stats, mlp, normal_02};
+use crate::nn::{DropPath, Init, LayerNorm, LayerScale, Layout, Mlp, Names, Param, Params, Pass, Stats, mlp, normal_02};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
+use super::stack::{self, Kept};
 use super::vit_block::hidden_width;
 
 /// What CaiT's blocks are made of.
@@ -35,6 +36,8 @@ pub struct Settings {
     pub ln_eps: f64,
     /// Start of `gamma_1` and `gamma_2`: 0.1 up to 18 layers, 1e-5 up to 24, 1e-6 beyond.
     pub init_scale: f64,
+    /// Probability that a branch of a patch block is left out in training: the same in all of them.
+    pub drop_path: f64,
 }
 
 impl Settings {
@@ -47,6 +50,7 @@ impl Settings {
             qkv_bias: config.bool_or("qkv_bias", false)?,
             ln_eps: config.f64_or("ln_eps", 1e-6)?,
             init_scale: 1e-5,
+            drop_path: config.f64_or("drop_path_rate", 0.0)?,
         })
     }
 
@@ -84,6 +88,7 @@ pub struct PatchBlock {
     norm2: LayerNorm,
     mlp: Mlp,
     scale2: LayerScale,
+    drops: [DropPath; 2],
 }
 
 /// What [`PatchBlock::backward`] needs.
@@ -107,30 +112,33 @@ impl PatchBlock {
         let norm2 = LayerNorm::new(names.at("norm2"), dim, ln_eps);
         let mlp = Mlp::new(names.at("mlp"), dim, hidden_width(dim, settings.mlp_ratio)?, normal_02);
         let [scale1, scale2] = ["gamma_1", "gamma_2"].map(|name| LayerScale::new(names, name, dim, init_scale));
-        Ok(PatchBlock { norm1, attn, scale1, norm2, mlp, scale2 })
+        let drops = [DropPath::new(names, settings.drop_path)?, DropPath::new(names, settings.drop_path)?];
+        Ok(PatchBlock { norm1, attn, scale1, norm2, mlp, scale2, drops })
     }
 
     /// The patches `[B, N, C]` after the block.
-    pub fn forward<T: Float>(&self, p: &Params<T>, x: &Tensor<T>) -> Result<(Tensor<T>, PatchSaved<T>)> {
-        let (normed, stats1) = self.norm1.forward(p, x)?;
-        let (branch1, attn) = self.attn.forward(p, &normed)?;
-        let middle = self.scale1.forward(p, x, &branch1)?;
+    pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>) -> Result<(Tensor<T>, PatchSaved<T>)> {
+        let (normed, stats1) = self.norm1.forward(p, &x)?;
+        let (f, attn) = self.attn.forward(p, &normed)?;
+        let branch1 = self.drops[0].apply(p, f);
+        let middle = self.scale1.forward(p, &x, &branch1)?;
         let (normed, stats2) = self.norm2.forward(p, &middle)?;
-        let (branch2, mlp) = self.mlp.forward(p, &normed, None)?;
+        let (f, mlp) = self.mlp.forward(p, &normed, None)?;
+        let branch2 = self.drops[1].apply(p, f);
         let y = self.scale2.forward(p, &middle, &branch2)?;
-        Ok((y, PatchSaved { x: x.clone(), stats1, attn, branch1, middle, stats2, mlp, branch2 }))
+        Ok((y, PatchSaved { x, stats1, attn, branch1, middle, stats2, mlp, branch2 }))
     }
 
     /// `dx`.
     pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: PatchSaved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
         let PatchSaved { x, stats1, attn, branch1, middle, stats2, mlp, branch2 } = saved;
-        let df = self.scale2.backward(p, g, &branch2, dy)?;
+        let df = self.drops[1].apply(p, self.scale2.backward(p, g, &branch2, dy)?);
         let normed = self.norm2.again(p, &middle, &stats2);
         let d_normed = self.mlp.backward(p, g, &normed, mlp, &df)?;
         drop((df, normed, branch2));
         let d_middle = self.norm2.backward(p, g, &middle, &stats2, &d_normed, Some(dy))?;
         drop((d_normed, middle));
-        let df = self.scale1.backward(p, g, &branch1, &d_middle)?;
+        let df = self.drops[0].apply(p, self.scale1.backward(p, g, &branch1, &d_middle)?);
         let normed = self.norm1.again(p, &x, &stats1);
         let d_normed = self.attn.backward(p, g, &normed, attn, &df)?;
         drop((df, normed, branch1));
@@ -247,7 +255,9 @@ pub struct ClassStage {
 
 /// What [`ClassStage::backward`] needs.
 pub struct StageSaved<T: Float> {
-    blocks: Vec<ClassSaved<T>>,
+    blocks: Vec<Kept<T, ClassSaved<T>>>,
+    /// The patches, where the blocks run once more.
+    x: Option<Tensor<T>>,
     last: Tensor<T>,
     stats: Stats<T>,
     patches: usize,
@@ -280,25 +290,25 @@ impl ClassStage {
         }
         let mut class = Tensor::scratch([b, 1, c]);
         class.data_mut().chunks_exact_mut(c).for_each(|row| row.copy_from_slice(p.get(self.token)));
-        let mut blocks = Vec::with_capacity(self.blocks.len());
-        for block in &self.blocks {
-            let (y, saved) = block.forward(p, x, &class)?;
-            blocks.push(saved);
-            class = y;
-        }
+        let (class, blocks) = stack::forward(p, &self.blocks, class, |block, _, class| block.forward(p, x, &class))?;
         let (y, stats) = self.norm.forward(p, &class)?;
-        Ok((y.reshape([b, c])?, StageSaved { blocks, last: class, stats, patches: n }))
+        let x = matches!(p.pass(), Pass::Train { recompute: true, .. }).then(|| x.clone());
+        Ok((y.reshape([b, c])?, StageSaved { blocks, x, last: class, stats, patches: n }))
     }
 
     /// The gradient of the patches.
     pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: StageSaved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
-        let StageSaved { blocks, last, stats, patches } = saved;
+        let StageSaved { blocks, x, last, stats, patches } = saved;
         let [b, c] = dy.dims("gradient of the class vector")?;
-        let mut d_class = self.norm.backward(p, g, &last, &stats, &dy.reshape([b, 1, c])?, None)?;
+        let d_class = self.norm.backward(p, g, &last, &stats, &dy.reshape([b, 1, c])?, None)?;
         let mut dx = Tensor::zeros([b, patches, c]);
-        for (block, saved) in self.blocks.iter().zip(blocks).rev() {
-            d_class = block.backward(p, g, saved, &mut dx, &d_class)?;
-        }
+        let d_class = stack::backward(
+            &self.blocks,
+            blocks,
+            d_class,
+            |block, _, class| block.forward(p, x.as_ref().unwrap_or(&last), &class),
+            |block, _, saved, d| block.backward(p, g, saved, &mut dx, d),
+        )?;
         for row in d_class.data().chunks_exact(c) {
             elementwise::add(g.get_mut(self.token), row);
         }
@@ -341,7 +351,7 @@ impl Operation for LayerScaleBlock {
     fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
         let settings = Settings::from_config(run.config())?;
         let (block, layout) = Layout::build(|names| PatchBlock::new(names, settings))?;
-        run.unary(&layout, |p, x| block.forward(p, x), |p, g, saved, dy| block.backward(p, g, saved, dy))
+        run.unary(&layout, |p, x| block.forward(p, x.clone()), |p, g, saved, dy| block.backward(p, g, saved, dy))
     }
 }
 

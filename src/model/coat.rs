@@ -10,7 +10,11 @@
 //! `norm1`, and in Lite `norm2` and `norm3`, stand in the published weights but are never used: they are taken where they are given.
 
 use super::coat_block::{BlockSettings, ParallelBlock, ParallelSaved, Positions, SerialBlock, SerialSaved};
+use super::network::{Built, Classifier};
+use super::stack::{self, Kept, KeptOf};
 use super::swin_ops::{mean_tokens, mean_tokens_backward};
+use super::weights::{self, Key, Rules};
+use super::zoo::{Eval, Family, Variant};
 use crate::case::{Config, Draw, Operation, Run};
 use crate::error::{Error, Result};
 use crate::kernel::{elementwise, reduce};
@@ -36,7 +40,7 @@ struct StageSaved<T: Float> {
     input: Tensor<T>,
     embedded: Tensor<T>,
     stats: Stats<T>,
-    blocks: Vec<SerialSaved<T>>,
+    blocks: Vec<Kept<T, SerialSaved<T>>>,
 }
 
 /// `[B, HW, C]` → `[B, 1 + HW, C]`, `class` in front.
@@ -76,34 +80,39 @@ impl Stage {
         let [b, h, w, c] = embedded.dims("patches")?;
         let embedded = embedded.reshape([b, h * w, c])?;
         let (normed, stats) = self.norm.forward(p, &embedded)?;
-        let mut x = with_class(&normed, p.get(self.cls_token))?;
+        let x = with_class(&normed, p.get(self.cls_token))?;
         drop(normed);
-        let mut blocks = Vec::with_capacity(self.blocks.len());
-        for block in &self.blocks {
-            let (y, saved) = block.forward(p, x, [h, w])?;
-            x = y;
-            blocks.push(saved);
-        }
+        let (x, blocks) = stack::forward(p, &self.blocks, x, |block, _, x| block.forward(p, x, [h, w]))?;
         Ok((x, [h, w], StageSaved { input, embedded, stats, blocks }))
     }
 
-    /// The gradient of the input map.
+    /// The gradient of the input map, if `want_input`.
     fn backward<T: Float>(
         &self,
         p: &Params<T>,
         g: &mut Params<T>,
         saved: StageSaved<T>,
         [h, w]: [usize; 2],
-        mut d: Tensor<T>,
-    ) -> Result<Tensor<T>> {
+        d: Tensor<T>,
+        want_input: bool,
+    ) -> Result<Option<Tensor<T>>> {
         let StageSaved { input, embedded, stats, blocks } = saved;
-        for (block, saved) in self.blocks.iter().zip(blocks).rev() {
-            d = block.backward(p, g, saved, [h, w], &d)?;
-        }
+        let d = stack::backward(
+            &self.blocks,
+            blocks,
+            d,
+            |block, _, x| block.forward(p, x, [h, w]),
+            |block, _, saved, d| block.backward(p, g, saved, [h, w], d),
+        )?;
         let [b, _, c] = d.dims("gradient of the tokens")?;
         reduce::add_column_sums(g.get_mut(self.cls_token), token_rows(&d, 0..1)?.data());
         let d = self.norm.backward(p, g, &embedded, &stats, &token_rows(&d, 1..1 + h * w)?, None)?;
-        self.embed.backward(p, g, &input, &d.reshape([b, h, w, c])?)
+        let d = d.reshape([b, h, w, c])?;
+        if want_input {
+            return self.embed.backward(p, g, &input, &d).map(Some);
+        }
+        self.embed.backward_params(g, &input, &d)?;
+        Ok(None)
     }
 }
 
@@ -143,6 +152,7 @@ impl Head {
                 f
             }
         };
+        p.show("pooled", &pooled);
         let logits = self.linear.as_ref().map_or(Ok(pooled.clone()), |linear| linear.forward(p, &pooled))?;
         Ok((logits, HeadSaved { scales, pooled }))
     }
@@ -191,7 +201,7 @@ pub struct Coat {
 pub struct Saved<T: Float> {
     stages: Vec<StageSaved<T>>,
     maps: Vec<[usize; 2]>,
-    parallel: Vec<ParallelSaved<T>>,
+    parallel: Vec<KeptOf<Vec<Tensor<T>>, ParallelSaved<T>>>,
     shapes: Vec<crate::tensor::Shape>,
     head: Option<HeadSaved<T>>,
 }
@@ -266,11 +276,11 @@ impl Coat {
             maps.push(map);
             stages.push(saved);
         }
-        let mut parallel = Vec::new();
-        for block in &self.parallel {
-            let (y, saved) = block.forward(p, x.split_off(1), [maps[1], maps[2], maps[3]])?;
-            x.extend(y);
-            parallel.push(saved);
+        let scales = [maps[1], maps[2], maps[3]];
+        let (y, parallel) = stack::forward(p, &self.parallel, x.split_off(1), |block, _, x| block.forward(p, x, scales))?;
+        x.extend(y);
+        for (s, x) in x.iter().enumerate() {
+            p.show(format!("stages.{s}"), x);
         }
         let shapes = x.iter().map(Tensor::shape).collect();
         let (outputs, head) = match &self.head {
@@ -290,8 +300,16 @@ impl Coat {
         Ok((outputs, Saved { stages, maps, parallel, shapes, head }))
     }
 
-    /// The gradient of the image, from the gradients of all outputs, in their order.
-    pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: Saved<T>, dy: &[Tensor<T>]) -> Result<Tensor<T>> {
+    /// Adds the gradients of the parameters, from the gradients of all outputs, in their order; the gradient of the image if
+    /// `want_image`.
+    pub fn backward<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        saved: Saved<T>,
+        dy: &[Tensor<T>],
+        want_image: bool,
+    ) -> Result<Option<Tensor<T>>> {
         let Saved { stages, maps, parallel, shapes, head } = saved;
         let mut dx: Vec<Tensor<T>> = shapes.into_iter().map(Tensor::zeros).collect();
         if let (Some(head), Some(saved)) = (&self.head, head) {
@@ -302,21 +320,115 @@ impl Coat {
             let [b, h, w, c] = dy.dims("gradient of a map")?;
             add_token_rows(&mut dx[s], &dy.reshape([b, h * w, c])?, 1)?;
         }
-        for (block, saved) in self.parallel.iter().zip(parallel).rev() {
-            let d = block.backward(p, g, saved, [maps[1], maps[2], maps[3]], &dx.split_off(1))?;
-            dx.extend(d);
-        }
+        let scales = [maps[1], maps[2], maps[3]];
+        let d = stack::backward(
+            &self.parallel,
+            parallel,
+            dx.split_off(1),
+            |block, _, x| block.forward(p, x, scales),
+            |block, _, saved, d| block.backward(p, g, saved, scales, d),
+        )?;
+        dx.extend(d);
         let mut d_input: Option<Tensor<T>> = None;
-        for (((stage, saved), map), mut d) in self.stages.iter().zip(stages).zip(maps).zip(dx).rev() {
+        for (s, (((stage, saved), map), mut d)) in self.stages.iter().zip(stages).zip(maps).zip(dx).enumerate().rev() {
             if let Some(d_input) = d_input {
                 let [b, h, w, c] = d_input.dims("gradient of a map")?;
                 add_token_rows(&mut d, &d_input.reshape([b, h * w, c])?, 1)?;
             }
-            d_input = Some(stage.backward(p, g, saved, map, d)?);
+            d_input = stage.backward(p, g, saved, map, d, want_image || s > 0)?;
         }
-        channels_first(&d_input.unwrap_or_else(|| Tensor::zeros([0, 0, 0, 0])))
+        d_input.map(|d| channels_first(&d)).transpose()
     }
 }
+
+impl Classifier for Coat {
+    type Saved = Saved<f32>;
+
+    fn forward(&self, p: &Params<f32>, images: &Tensor<f32>) -> Result<(Vec<Tensor<f32>>, Saved<f32>)> {
+        let (outputs, saved) = self.forward(p, images)?;
+        Ok((outputs.into_iter().map(|(_, y)| y).collect(), saved))
+    }
+
+    fn backward(&self, p: &Params<f32>, g: &mut Params<f32>, saved: Saved<f32>, d: &[Tensor<f32>]) -> Result<()> {
+        self.backward(p, g, saved, d, false).map(drop)
+    }
+}
+
+/// Shared modules have a name in every block that uses them; the authors' norms of scales that no head reads are left out.
+fn key(name: &str) -> Key {
+    let parts: Vec<&str> = name.splitn(4, '.').collect();
+    match parts[..] {
+        [block, _, "cpe", rest] => block.strip_prefix("serial_blocks").map(|s| format!("cpe{s}.{rest}")),
+        [block, _, "factoratt_crpe", rest] => {
+            block.strip_prefix("serial_blocks").zip(rest.strip_prefix("crpe.")).map(|(s, rest)| format!("crpe{s}.{rest}"))
+        }
+        ["parallel_blocks", i, "mlp3" | "mlp4", rest] => Some(format!("parallel_blocks.{i}.mlp2.{rest}")),
+        ["parallel_blocks", _, attention, rest] => {
+            attention.strip_prefix("factoratt_crpe").zip(rest.strip_prefix("crpe.")).map(|(s, rest)| format!("crpe{s}.{rest}"))
+        }
+        ["norm1" | "norm2" | "norm3", _] => return Key::Optional,
+        _ => None,
+    }
+    .map_or(Key::Keep, Key::Alias)
+}
+
+/// Multiply-adds for one image.
+fn macs(config: &Config, size: usize) -> Result<f64> {
+    let (patch, parallel) = (config.usize("patch_size")?.max(1), config.usize("parallel_depth")? as f64);
+    let (dims, depths, ratios) = (config.usizes("embed_dims")?, config.usizes("serial_depths")?, config.f64s("mlp_ratios")?);
+    let (heads, classes) = (config.usize("num_heads")?.max(1) as f64, config.usize("num_classes")? as f64);
+    let groups = config.usizes("crpe_windows")?.into_iter().zip(config.usizes("crpe_head_splits")?);
+    let taps = groups.map(|(window, heads)| (heads * window * window) as f64).sum::<f64>() / heads;
+    let (mut side, mut inputs, mut sum) = (size, 3.0, 0.0);
+    for (s, (&c, &ratio)) in dims.iter().zip(&ratios).enumerate() {
+        let (patch, c) = (if s == 0 { patch } else { 2 }, c as f64);
+        side /= patch;
+        let map = (side * side) as f64;
+        let block = (map + 1.0) * ((4.0 + 2.0 * ratio) * c * c + 2.0 * c * c / heads) + map * c * (9.0 + taps);
+        let blocks = depths.get(s).map_or(0.0, |&depth| depth as f64) + if s > 0 { parallel } else { 0.0 };
+        sum += map * c * inputs * (patch * patch) as f64 + blocks * block;
+        inputs = c;
+    }
+    Ok(sum + inputs * classes)
+}
+
+const fn variant(name: &'static str, config: &'static str, eval: Eval, params: usize, gmacs: f64) -> Variant {
+    Variant { name, also: &[], config, eval, params: Some(params), gmacs: Some(gmacs) }
+}
+
+const TINY: &str = r#"{"embed_dims": [152, 152, 152, 152], "serial_depths": [2, 2, 2, 2], "parallel_depth": 6}"#;
+const MINI: &str = r#"{"embed_dims": [152, 216, 216, 216], "serial_depths": [2, 2, 2, 2], "parallel_depth": 6}"#;
+const SMALL: &str = r#"{"embed_dims": [152, 320, 320, 320], "serial_depths": [2, 2, 2, 2], "parallel_depth": 6}"#;
+const LITE_TINY: &str = r#"{"embed_dims": [64, 128, 256, 320], "serial_depths": [2, 2, 2, 2], "mlp_ratios": [8, 8, 4, 4]}"#;
+const LITE_MINI: &str = r#"{"embed_dims": [64, 128, 320, 512], "serial_depths": [2, 2, 2, 2], "mlp_ratios": [8, 8, 4, 4]}"#;
+const LITE_SMALL: &str = r#"{"embed_dims": [64, 128, 320, 512], "serial_depths": [3, 4, 6, 3], "mlp_ratios": [8, 8, 4, 4]}"#;
+const LITE_MEDIUM: &str = r#"{"embed_dims": [128, 256, 320, 512], "serial_depths": [3, 6, 10, 8]}"#;
+const MICRO: &str = r#"{"patch_size": 2, "embed_dims": [32, 64, 64, 64], "serial_depths": [1, 1, 1, 1], "parallel_depth": 2,
+    "num_heads": 4, "crpe_head_splits": [1, 1, 2]}"#;
+
+/// CoaT and CoaT-Lite.
+pub static FAMILY: Family = Family {
+    op: "model.coat",
+    common: r#"{"patch_size": 4, "in_chans": 3, "mlp_ratios": [4, 4, 4, 4], "parallel_depth": 0, "num_heads": 8, "qkv_bias": true,
+        "crpe_windows": [3, 5, 7], "crpe_head_splits": [2, 3, 3], "norm_eps": 1e-6, "patch_norm_eps": 1e-5, "global_pool": "token",
+        "return_interm_layers": false}"#,
+    build: |config| Built::new(|names| Coat::new(names, config, [false; 4])),
+    // Nothing depends on it.
+    at_size: |_, _| {},
+    macs,
+    rules: Rules { key, resize: weights::fixed, heads: &["head"] },
+    variants: &[
+        variant("coat_tiny", TINY, Eval::IMAGENET, 5_498_540, 4.32),
+        variant("coat_mini", MINI, Eval::IMAGENET, 10_337_004, 6.77),
+        variant("coat_small", SMALL, Eval::IMAGENET, 21_693_908, 12.55),
+        variant("coat_lite_tiny", LITE_TINY, Eval::IMAGENET, 5_721_960, 1.59),
+        variant("coat_lite_mini", LITE_MINI, Eval::IMAGENET, 11_011_560, 1.99),
+        variant("coat_lite_small", LITE_SMALL, Eval::IMAGENET, 19_838_504, 3.94),
+        variant("coat_lite_medium", LITE_MEDIUM, Eval::IMAGENET, 44_571_048, 9.77),
+        variant("coat_lite_medium_384", LITE_MEDIUM, Eval::IMAGENET.at(384).crop(1.0), 44_571_048, 28.63),
+        Variant { name: "coat_micro", also: &[], config: MICRO, eval: Eval::SMALL, params: None, gmacs: None },
+    ],
+};
 
 /// `out_features` as one flag per stage.
 fn out_features(config: &Config) -> Result<[bool; 4]> {
@@ -405,7 +517,9 @@ impl Operation for ModelCoat {
         if run.backward() {
             let mut g = run.zero_grads(&p);
             let dy: Vec<_> = outputs.iter().map(|(name, y)| run.cotangent(name, y.shape())).collect::<Result<_>>()?;
-            run.grad_input("image", &model.backward(&p, &mut g, saved, &dy)?);
+            if let Some(d_image) = model.backward(&p, &mut g, saved, &dy, true)? {
+                run.grad_input("image", &d_image);
+            }
             run.grad_params(&g);
         }
         Ok(())

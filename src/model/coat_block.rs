@@ -6,6 +6,8 @@
 //! `x_s ← x_s + MLP(LN₂ x_s)` with one MLP for all scales. `R_{t→s}` resizes the map bilinearly (centres of cells) and leaves the class
 //! token as it is; `R_{s→s}` is the identity. Backward: `dc_t = Σ_s R_{t→s}ᵀ(m_s)` with m_s the gradient before the MLP.
 //!
+//! Drop path takes a scale's merged update and its MLP as two branches.
+//!
 //! CPE and CRPE are handed in: CoaT shares one of each among all blocks of a scale, and their gradients add up.
 
 use crate::attention::factorized_conv::{self, FactorizedAttention, Settings, sample_settings};
@@ -17,7 +19,7 @@ use crate::kernel::resize::{Axis, resize};
 use crate::linalg::ColumnsMut;
 use crate::model::vit_block::hidden_width;
 use crate::nn::conv_position::{PositionEncoding, RelativePosition, check_tokens, map_size};
-use crate::nn::{LayerNorm, Layout, Mlp, Names, Params, Stats, mlp, normal_02};
+use crate::nn::{DropPath, LayerNorm, Layout, Mlp, Names, Params, Stats, mlp, normal_02};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
@@ -30,12 +32,19 @@ pub struct BlockSettings {
     pub mlp_ratio: f64,
     /// ε of the norms.
     pub norm_eps: f64,
+    /// Probability that a branch is left out in training: the same in all blocks.
+    pub drop_path: f64,
 }
 
 impl BlockSettings {
     /// From the keys that all blocks share, for width `dim`.
     pub fn from_config(config: &Config, dim: usize, mlp_ratio: f64) -> Result<Self> {
-        Ok(BlockSettings { attention: Settings::from_config(config, dim)?, mlp_ratio, norm_eps: config.f64_or("norm_eps", 1e-6)? })
+        Ok(BlockSettings {
+            attention: Settings::from_config(config, dim)?,
+            mlp_ratio,
+            norm_eps: config.f64_or("norm_eps", 1e-6)?,
+            drop_path: config.f64_or("drop_path_rate", 0.0)?,
+        })
     }
 }
 
@@ -71,11 +80,21 @@ impl Mixer {
         Ok(Mixer { cpe, norm, attention: FactorizedAttention::new(names.at(attention), settings.attention, crpe, normal_02)? })
     }
 
-    /// `FactAtt(LN(CPE x))`, plus `CPE x` if `residual`.
-    fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>, map: [usize; 2], residual: bool) -> Result<(Tensor<T>, MixerSaved<T>)> {
+    /// `FactAtt(LN(CPE x))`; with `drop`, that is a residual branch beside `CPE x`.
+    fn forward<T: Float>(
+        &self,
+        p: &Params<T>,
+        x: Tensor<T>,
+        map: [usize; 2],
+        drop: Option<DropPath>,
+    ) -> Result<(Tensor<T>, MixerSaved<T>)> {
         let encoded = self.cpe.forward(p, &x, map)?;
         let (normed, stats) = self.norm.forward(p, &encoded)?;
-        let (y, attention) = self.attention.forward(p, &normed, map, residual.then_some(&encoded))?;
+        let attend = |residual: Option<&Tensor<T>>| self.attention.forward(p, &normed, map, residual);
+        let (y, attention) = match drop {
+            Some(drop) => drop.residual(p, &encoded, attend)?,
+            None => attend(None)?,
+        };
         Ok((y, MixerSaved { x, encoded, stats, attention }))
     }
 
@@ -104,16 +123,16 @@ impl Mixer {
     }
 }
 
-/// A norm and the MLP behind it, with the residual.
 struct FeedSaved<T: Float> {
     middle: Tensor<T>,
     stats: Stats<T>,
     mlp: mlp::Saved<T>,
 }
 
-fn feed<T: Float>(p: &Params<T>, norm: &LayerNorm, mlp: &Mlp, middle: Tensor<T>) -> Result<(Tensor<T>, FeedSaved<T>)> {
+/// A norm and the MLP behind it, with the residual.
+fn feed<T: Float>(p: &Params<T>, norm: &LayerNorm, mlp: &Mlp, drop: DropPath, middle: Tensor<T>) -> Result<(Tensor<T>, FeedSaved<T>)> {
     let (normed, stats) = norm.forward(p, &middle)?;
-    let (y, mlp) = mlp.forward(p, &normed, Some(&middle))?;
+    let (y, mlp) = drop.residual(p, &middle, |residual| mlp.forward(p, &normed, residual))?;
     Ok((y, FeedSaved { middle, stats, mlp }))
 }
 
@@ -122,12 +141,13 @@ fn feed_backward<T: Float>(
     g: &mut Params<T>,
     norm: &LayerNorm,
     mlp: &Mlp,
+    drop_path: DropPath,
     saved: FeedSaved<T>,
     dy: &Tensor<T>,
 ) -> Result<Tensor<T>> {
     let FeedSaved { middle, stats, mlp: hidden } = saved;
     let normed = norm.again(p, &middle, &stats);
-    let d_normed = mlp.backward(p, g, &normed, hidden, dy)?;
+    let d_normed = drop_path.backward(p, dy, |d| mlp.backward(p, g, &normed, hidden, d))?;
     drop(normed);
     norm.backward(p, g, &middle, &stats, &d_normed, Some(dy))
 }
@@ -144,6 +164,7 @@ pub struct SerialBlock {
     norm2: LayerNorm,
     mlp: Mlp,
     widths: [usize; 2],
+    drops: [DropPath; 2],
 }
 
 /// What the backward pass of a serial block needs.
@@ -159,13 +180,15 @@ impl SerialBlock {
         let hidden = hidden_width(dim, settings.mlp_ratio)?;
         let mixer = Mixer::new(names, ["norm1", "factoratt_crpe"], settings, positions)?;
         let norm2 = LayerNorm::new(names.at("norm2"), dim, settings.norm_eps);
-        Ok(SerialBlock { mixer, norm2, mlp: Mlp::new(names.at("mlp"), dim, hidden, normal_02), widths: [dim, hidden] })
+        let mlp = Mlp::new(names.at("mlp"), dim, hidden, normal_02);
+        let drops = [DropPath::new(names, settings.drop_path)?, DropPath::new(names, settings.drop_path)?];
+        Ok(SerialBlock { mixer, norm2, mlp, widths: [dim, hidden], drops })
     }
 
     /// `[B, 1 + HW, C]` → the same.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>, map: [usize; 2]) -> Result<(Tensor<T>, SerialSaved<T>)> {
-        let (middle, mixer) = self.mixer.forward(p, x, map, true)?;
-        let (y, feed) = feed(p, &self.norm2, &self.mlp, middle)?;
+        let (middle, mixer) = self.mixer.forward(p, x, map, Some(self.drops[0]))?;
+        let (y, feed) = feed(p, &self.norm2, &self.mlp, self.drops[1], middle)?;
         Ok((y, SerialSaved { mixer, feed }))
     }
 
@@ -179,8 +202,8 @@ impl SerialBlock {
         dy: &Tensor<T>,
     ) -> Result<Tensor<T>> {
         let SerialSaved { mixer, feed } = saved;
-        let d_middle = feed_backward(p, g, &self.norm2, &self.mlp, feed, dy)?;
-        self.mixer.backward(p, g, mixer, map, &d_middle, &d_middle)
+        let d_middle = feed_backward(p, g, &self.norm2, &self.mlp, self.drops[1], feed, dy)?;
+        self.drops[0].backward(p, &d_middle, |d| self.mixer.backward(p, g, mixer, map, d, &d_middle))
     }
 
     /// What [`forward`](Self::forward) costs.
@@ -196,6 +219,8 @@ pub struct ParallelBlock {
     norms2: [LayerNorm; 3],
     mlp: Mlp,
     widths: [usize; 2],
+    /// Of the attention and of the MLP, by scale.
+    drops: [[DropPath; 3]; 2],
 }
 
 /// What the backward pass of a parallel block needs, by scale.
@@ -233,21 +258,30 @@ impl ParallelBlock {
         };
         let mixers = positions.into_iter().enumerate().map(&mut mixer).collect::<Result<_>>()?;
         let norms2 = [2, 3, 4].map(|s| LayerNorm::new(names.at(format!("norm2{s}")), dim, settings.norm_eps));
-        Ok(ParallelBlock { mixers, norms2, mlp: Mlp::new(names.at("mlp2"), dim, hidden, normal_02), widths: [dim, hidden] })
+        let mlp = Mlp::new(names.at("mlp2"), dim, hidden, normal_02);
+        let mut drop = || DropPath::new(names, settings.drop_path);
+        let drops = [[drop()?, drop()?, drop()?], [drop()?, drop()?, drop()?]];
+        Ok(ParallelBlock { mixers, norms2, mlp, widths: [dim, hidden], drops })
     }
 
     /// Three times `[B, 1 + HW, C]` → the same.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: Vec<Tensor<T>>, maps: [[usize; 2]; 3]) -> Result<(Vec<Tensor<T>>, ParallelSaved<T>)> {
-        let mixed = x.into_iter().zip(&self.mixers).zip(maps).map(|((x, mixer), map)| mixer.forward(p, x, map, false));
+        let mixed = x.into_iter().zip(&self.mixers).zip(maps).map(|((x, mixer), map)| mixer.forward(p, x, map, None));
         let (mixed, mixers): (Vec<_>, Vec<_>) = mixed.collect::<Result<Vec<_>>>()?.into_iter().unzip();
         let (mut outputs, mut feeds) = (Vec::new(), Vec::new());
         for (s, mixer) in mixers.iter().enumerate() {
-            let mut x = mixer.encoded.clone();
-            elementwise::add(x.data_mut(), mixed[s].data());
-            for t in (0..3).filter(|&t| t != s) {
-                add_resized(&mut x, &mixed[t], [maps[t], maps[s]], false)?;
-            }
-            let (y, saved) = feed(p, &self.norms2[s], &self.mlp, x)?;
+            let merge = |residual: Option<&Tensor<T>>| {
+                let mut sum = mixed[s].clone();
+                if let Some(residual) = residual {
+                    elementwise::add(sum.data_mut(), residual.data());
+                }
+                for t in (0..3).filter(|&t| t != s) {
+                    add_resized(&mut sum, &mixed[t], [maps[t], maps[s]], false)?;
+                }
+                Ok((sum, ()))
+            };
+            let (x, ()) = self.drops[0][s].residual(p, &mixer.encoded, merge)?;
+            let (y, saved) = feed(p, &self.norms2[s], &self.mlp, self.drops[1][s], x)?;
             outputs.push(y);
             feeds.push(saved);
         }
@@ -264,13 +298,15 @@ impl ParallelBlock {
         dy: &[Tensor<T>],
     ) -> Result<Vec<Tensor<T>>> {
         let ParallelSaved { mixers, feeds } = saved;
-        let feeds = feeds.into_iter().zip(&self.norms2).zip(dy);
-        let d_merged: Vec<_> = feeds.map(|((saved, norm), dy)| feed_backward(p, g, norm, &self.mlp, saved, dy)).collect::<Result<_>>()?;
+        let feeds = feeds.into_iter().zip(&self.norms2).zip(self.drops[1]).zip(dy);
+        let back = |(((saved, norm), drop), dy)| feed_backward(p, g, norm, &self.mlp, drop, saved, dy);
+        let d_merged: Vec<_> = feeds.map(back).collect::<Result<_>>()?;
+        let d_updates: Vec<_> = d_merged.iter().zip(self.drops[0]).map(|(d, drop)| drop.apply(p, d.clone())).collect();
         let mut dx = Vec::new();
         for (t, saved) in mixers.into_iter().enumerate() {
-            let mut dc = d_merged[t].clone();
+            let mut dc = d_updates[t].clone();
             for s in (0..3).filter(|&s| s != t) {
-                add_resized(&mut dc, &d_merged[s], [maps[t], maps[s]], true)?;
+                add_resized(&mut dc, &d_updates[s], [maps[t], maps[s]], true)?;
             }
             dx.push(self.mixers[t].backward(p, g, saved, maps[t], &dc, &d_merged[t])?);
         }

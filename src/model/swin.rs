@@ -4,6 +4,11 @@
 //! A stage knows two groupings of its tokens, one for each shift, and four token indices per merged cell. Which tokens exist
 //! is a [`Plan`]: all of a map, or the visible ones. Nothing else differs between the dense and the sparse network.
 
+use super::network::{Built, Classifier};
+use super::stack::{self, Kept};
+use super::swin_ops::{mean_tokens, mean_tokens_backward};
+use super::weights::{Key, Rules};
+use super::zoo::{self, Eval, Family, Variant};
 use crate::attention::softmax::Settings as AttentionSettings;
 use crate::attention::window::{RelativeBias, qk_scale, shifted_windows};
 use crate::case::{Config, Cost};
@@ -11,8 +16,9 @@ use crate::error::{Error, Result};
 use crate::kernel::attention::Groups;
 use crate::kernel::rows;
 use crate::model::vit_block::{self, Block, BlockSettings};
-use crate::nn::{Init, LayerNorm, Linear, Names, Param, Params, PatchEmbed, Stats, normal_02, patch_embed};
-use crate::tensor::{Float, Tensor};
+use crate::nn::resize::PosEmbedResize;
+use crate::nn::{DropPath, Init, LayerNorm, Linear, Names, Param, Params, Pass, PatchEmbed, Stats, normal_02, patch_embed};
+use crate::tensor::{Float, Shape, Tensor};
 
 /// A pre-norm block whose attention runs in windows, with a relative position bias: Swin's and GreenMIM's.
 #[derive(Clone, Debug)]
@@ -169,6 +175,8 @@ pub struct Settings {
     pub norm_eps: f64,
     /// timm's padding of incomplete windows and cells.
     pub pad: bool,
+    /// Probability that a residual branch of the last block is left out in training; it grows linearly from 0.
+    pub drop_path: f64,
     /// Initialisation of the linear weights.
     pub init: fn(usize, usize) -> Init,
 }
@@ -191,6 +199,7 @@ impl Settings {
             patch_norm: config.bool_or("patch_norm", true)?,
             norm_eps: config.f64_or("norm_eps", default_eps)?,
             pad: config.bool_or("pad", false)?,
+            drop_path: config.f64_or("drop_path_rate", 0.0)?,
             init: normal_02,
         })
     }
@@ -205,6 +214,13 @@ pub struct StagePlan {
     pub shifted: Groups,
     /// Four tokens per merged cell; empty after the last stage.
     pub cells: Vec<u32>,
+}
+
+impl StagePlan {
+    /// The grouping of block `b`: every second one is shifted.
+    fn groups(&self, b: usize) -> &Groups {
+        if b.is_multiple_of(2) { &self.plain } else { &self.shifted }
+    }
 }
 
 /// One [`StagePlan`] per stage.
@@ -228,7 +244,7 @@ pub struct Encoder {
 }
 
 /// The blocks of a stage and its merging.
-type StageSaved<T> = (Vec<vit_block::Saved<T>>, Option<MergingSaved<T>>);
+type StageSaved<T> = (Vec<Kept<T, vit_block::Saved<T>>>, Option<MergingSaved<T>>);
 
 /// What the backward pass needs.
 pub struct EncoderSaved<T: Float> {
@@ -252,15 +268,21 @@ impl Encoder {
         let patch_embed = PatchEmbed::new(names.at("patch_embed"), s.img_size, s.patch_size, s.in_chans, s.embed_dim, eps, conv_init)?;
         let mut grid = patch_embed.grid();
         let ape = s.ape.then(|| names.param("absolute_pos_embed", [1, grid[0] * grid[1], s.embed_dim], Init::NORMAL_02));
+        let all = s.depths.iter().fold(0usize, |all, &depth| all.saturating_add(depth));
         let mut stages = Vec::new();
         for (i, (&depth, &heads)) in s.depths.iter().zip(&s.num_heads).enumerate() {
             let mut names = names.at(format!("layers.{i}"));
             let dim = s.embed_dim << i;
             let (window, _) = clip_window(grid, s.window_size, 0, s.pad);
             let attention = AttentionSettings { qkv_bias: s.qkv_bias, scale: s.qk_scale, ..AttentionSettings::new(dim, heads) };
-            let block =
-                BlockSettings { attention, mlp_ratio: s.mlp_ratio, norm_eps: s.norm_eps, layer_scale: None, drop_path: 0.0, init: s.init };
-            let blocks = (0..depth).map(|b| SwinBlock::new(&mut names.at(format!("blocks.{b}")), block, window)).collect::<Result<_>>()?;
+            let before: usize = s.depths[..i].iter().sum();
+            let block = |b| {
+                let drop_path = DropPath::linear(s.drop_path, before + b, all);
+                let block =
+                    BlockSettings { attention, mlp_ratio: s.mlp_ratio, norm_eps: s.norm_eps, layer_scale: None, drop_path, init: s.init };
+                SwinBlock::new(&mut names.at(format!("blocks.{b}")), block, window)
+            };
+            let blocks = (0..depth).map(block).collect::<Result<_>>()?;
             let last = i + 1 == s.depths.len();
             let downsample = (!last).then(|| PatchMerging::new(&mut names.at("downsample"), dim, s.norm_eps, s.init));
             stages.push(Stage { blocks, downsample, grid });
@@ -330,18 +352,15 @@ impl Encoder {
             }
         }
         let mut saved = Vec::with_capacity(self.stages.len());
-        for (stage, plan) in self.stages.iter().zip(plan) {
-            let mut blocks = Vec::with_capacity(stage.blocks.len());
-            for (b, block) in stage.blocks.iter().enumerate() {
-                let (y, s) = block.forward(p, x, if b % 2 == 0 { &plan.plain } else { &plan.shifted })?;
-                x = y;
-                blocks.push(s);
-            }
+        for (i, (stage, plan)) in self.stages.iter().zip(plan).enumerate() {
+            let blocks;
+            (x, blocks) = stack::forward(p, &stage.blocks, x, |block, b, x| block.forward(p, x, plan.groups(b)))?;
+            p.show(format!("stages.{i}"), &x);
             let mut merging = None;
             if let Some(downsample) = &stage.downsample {
                 let (y, s) = downsample.forward(p, &x, &plan.cells)?;
                 x = y;
-                merging = Some(s);
+                merging = (p.pass() != Pass::Infer).then_some(s);
             }
             saved.push((blocks, merging));
         }
@@ -365,9 +384,13 @@ impl Encoder {
             if let (Some(downsample), Some(merging)) = (&stage.downsample, merging) {
                 dx = downsample.backward(p, g, merging, &plan.cells, &dx)?;
             }
-            for (b, (block, saved)) in stage.blocks.iter().zip(blocks).enumerate().rev() {
-                dx = block.backward(p, g, saved, if b % 2 == 0 { &plan.plain } else { &plan.shifted }, &dx)?;
-            }
+            dx = stack::backward(
+                &stage.blocks,
+                blocks,
+                dx,
+                |block, b, x| block.forward(p, x, plan.groups(b)),
+                |block, b, saved, d| block.backward(p, g, saved, plan.groups(b), d),
+            )?;
         }
         if let Some(ape) = self.ape {
             let (table, width) = (g.get_mut(ape), self.settings.embed_dim);
@@ -382,3 +405,158 @@ impl Encoder {
         Ok(dx)
     }
 }
+
+/// The Swin classifier: encoder, mean over tokens, `head`.
+#[derive(Clone, Debug)]
+pub struct Swin {
+    encoder: Encoder,
+    plan: Plan,
+    head: Option<Linear>,
+}
+
+/// What [`Swin::backward`] needs.
+pub struct Saved<T: Float> {
+    embed: patch_embed::Saved<T>,
+    encoder: EncoderSaved<T>,
+    pooled: Tensor<T>,
+    tokens: usize,
+}
+
+impl Swin {
+    /// Registers the encoder and `head` from the keys of `model.swin`.
+    pub fn new(names: &mut Names, config: &Config) -> Result<Self> {
+        let encoder = Encoder::new(names, Settings::from_config(config, 1e-5)?)?;
+        let classes = config.usize("num_classes")?;
+        let head = (classes > 0).then(|| Linear::new(names.at("head"), encoder.width(), classes, true, Init::NORMAL_02));
+        Ok(Swin { plan: encoder.dense_plan()?, encoder, head })
+    }
+
+    /// Logits `[B, classes]`, or the pooled feature `[B, C]` without a head, of `[B, in, H, W]`.
+    pub fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>) -> Result<(Tensor<T>, Saved<T>)> {
+        let (x, embed) = self.encoder.embed(p, image, None)?;
+        let (y, encoder) = self.encoder.forward(p, x, &self.plan, None)?;
+        let [_, tokens, _] = y.dims("tokens")?;
+        let pooled = mean_tokens(&y)?;
+        p.show("pooled", &pooled);
+        let logits = self.head.as_ref().map_or(Ok(pooled.clone()), |head| head.forward(p, &pooled))?;
+        Ok((logits, Saved { embed, encoder, pooled, tokens }))
+    }
+
+    /// Adds the gradients of the parameters; the gradient of the image if `want_image`.
+    pub fn backward<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        saved: Saved<T>,
+        dy: &Tensor<T>,
+        want_image: bool,
+    ) -> Result<Option<Tensor<T>>> {
+        let Saved { embed, encoder, pooled, tokens } = saved;
+        let d = self.head.as_ref().map_or(Ok(dy.clone()), |head| head.backward(p, g, &pooled, dy))?;
+        let d = self.encoder.backward(p, g, encoder, &self.plan, None, &mean_tokens_backward(&d, tokens)?)?;
+        let layer = self.encoder.patch_embed();
+        if want_image {
+            return layer.backward(p, g, &embed, &d, None).map(Some);
+        }
+        layer.backward_params(p, g, &embed, &d)?;
+        Ok(None)
+    }
+}
+
+impl Classifier for Swin {
+    type Saved = Saved<f32>;
+
+    fn forward(&self, p: &Params<f32>, images: &Tensor<f32>) -> Result<(Vec<Tensor<f32>>, Saved<f32>)> {
+        let (logits, saved) = self.forward(p, images)?;
+        Ok((vec![logits], saved))
+    }
+
+    fn backward(&self, p: &Params<f32>, g: &mut Params<f32>, saved: Saved<f32>, d: &[Tensor<f32>]) -> Result<()> {
+        self.backward(p, g, saved, &d[0], false).map(drop)
+    }
+}
+
+/// The authors put the merging at the end of a stage, timm at the beginning of the next; timm's classifier is `head.fc`.
+fn key(name: &str) -> Key {
+    if name.ends_with("relative_position_index") || name.ends_with("attn_mask") {
+        return Key::Drop;
+    }
+    if let Some(rest) = name.strip_prefix("head.fc.") {
+        return Key::Rename(format!("head.{rest}"));
+    }
+    let moved = || {
+        let (stage, rest) = name.strip_prefix("layers.")?.split_once(".downsample.")?;
+        let before = stage.parse::<usize>().ok()?.checked_sub(1)?;
+        Some(Key::RenameUnless { name: format!("layers.{before}.downsample.{rest}"), unless: "layers.0.downsample.reduction.weight" })
+    };
+    moved().unwrap_or(Key::Keep)
+}
+
+/// A square table of positions `[side², width]` for another side: bicubic.
+fn resize_square(table: &Tensor<f32>, wanted: [usize; 2]) -> Result<Option<Tensor<f32>>> {
+    let (rows, width) = table.shape().rows_cols();
+    let [old, new] = [rows, wanted[0]].map(usize::isqrt);
+    if old == 0 || new == 0 || old * old != rows || new * new != wanted[0] || width != wanted[1] {
+        return Ok(None);
+    }
+    PosEmbedResize::new(0, false, [old; 2], [new; 2])?.forward(&table.reshape([1, rows, width])?).map(Some)
+}
+
+fn resize(name: &str, table: &Tensor<f32>, wanted: Shape, _: &Config) -> Result<Option<Tensor<f32>>> {
+    if !(name.ends_with("relative_position_bias_table") || name == "absolute_pos_embed") {
+        return Ok(None);
+    }
+    let (rows, width) = wanted.rows_cols();
+    resize_square(table, [rows, width])?.map(|table| table.reshape(wanted)).transpose()
+}
+
+/// Multiply-adds for one image.
+fn macs(config: &Config, size: usize) -> Result<f64> {
+    let (settings, classes) = (Settings::from_config(config, 1e-5)?, config.usize("num_classes")?);
+    let mut side = size / settings.patch_size.max(1);
+    let mut sum = (side * side * settings.embed_dim * settings.in_chans * settings.patch_size.pow(2)) as f64;
+    for (i, &depth) in settings.depths.iter().enumerate() {
+        let (n, c) = ((side * side) as f64, (settings.embed_dim << i) as f64);
+        let window = settings.window_size.min(side).pow(2) as f64;
+        sum += depth as f64 * ((4.0 + 2.0 * settings.mlp_ratio) * n * c * c + 2.0 * n * window * c);
+        if i + 1 < settings.depths.len() {
+            side = side.div_ceil(2);
+            sum += (side * side) as f64 * 8.0 * c * c;
+        } else {
+            sum += c * classes as f64;
+        }
+    }
+    Ok(sum)
+}
+
+const TINY: &str = r#"{"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}"#;
+const SMALL: &str = r#"{"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]}"#;
+const BASE: &str = r#"{"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}"#;
+const BASE_12: &str = r#"{"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12}"#;
+const LARGE: &str = r#"{"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48]}"#;
+const LARGE_12: &str = r#"{"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48], "window_size": 12}"#;
+const MICRO: &str = r#"{"embed_dim": 32, "depths": [2, 2, 2], "num_heads": [2, 4, 8], "patch_size": 2, "window_size": 4}"#;
+
+const fn variant(name: &'static str, config: &'static str, eval: Eval, params: usize, gmacs: f64) -> Variant {
+    Variant { name, also: &[], config, eval, params: Some(params), gmacs: Some(gmacs) }
+}
+
+/// Swin. Incomplete windows and cells are padded as timm does: published sizes need no padding, any other works.
+pub static FAMILY: Family = Family {
+    op: "model.swin",
+    common: r#"{"patch_size": 4, "in_chans": 3, "window_size": 7, "mlp_ratio": 4.0, "qkv_bias": true, "ape": false, "patch_norm": true,
+        "norm_eps": 1e-5, "pad": true}"#,
+    build: |config| Built::new(|names| Swin::new(names, config)),
+    at_size: zoo::img_size,
+    macs,
+    rules: Rules { key, resize, heads: &["head"] },
+    variants: &[
+        variant("swin_tiny_patch4_window7_224", TINY, Eval::IMAGENET, 28_288_354, 4.49),
+        variant("swin_small_patch4_window7_224", SMALL, Eval::IMAGENET, 49_606_258, 8.74),
+        variant("swin_base_patch4_window7_224", BASE, Eval::IMAGENET, 87_768_224, 15.43),
+        variant("swin_base_patch4_window12_384", BASE_12, Eval::IMAGENET.at(384).crop(1.0), 87_903_584, 47.1),
+        variant("swin_large_patch4_window7_224", LARGE, Eval::IMAGENET, 196_532_476, 34.48),
+        variant("swin_large_patch4_window12_384", LARGE_12, Eval::IMAGENET.at(384).crop(1.0), 196_735_516, 103.9),
+        Variant { name: "swin_micro", also: &[], config: MICRO, eval: Eval::SMALL, params: None, gmacs: None },
+    ],
+};

@@ -1,12 +1,12 @@
 //! The operations of Swin: `block.swin`, `nn.patch_merging`, `model.swin`.
 
-use super::swin::{Encoder, PatchMerging, Plan, Settings, SwinBlock, clip_window, dense_cells};
+use super::swin::{PatchMerging, Swin, SwinBlock, clip_window, dense_cells};
 use super::vit_block::{self, BlockSettings};
 use crate::attention::window::{sample_settings, settings, shifted_windows};
 use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::{Error, Result};
 use crate::kernel::attention::Groups;
-use crate::nn::{Layout, Linear, Names, Params, normal_02};
+use crate::nn::{Layout, normal_02};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
@@ -145,47 +145,6 @@ pub fn run_merging<T: Float>(run: &mut Run<T>, dim: usize, cells: &[u32]) -> Res
     run.unary(&layout, |p, x| layer.forward(p, x, cells), |p, g, saved, dy| layer.backward(p, g, saved, cells, dy))
 }
 
-/// The Swin classifier: encoder, mean over tokens, `head`.
-struct Classifier {
-    encoder: Encoder,
-    plan: Plan,
-    head: Option<Linear>,
-}
-
-impl Classifier {
-    fn new(names: &mut Names, settings: Settings, num_classes: usize) -> Result<Self> {
-        let encoder = Encoder::new(names, settings)?;
-        let head = (num_classes > 0).then(|| Linear::new(names.at("head"), encoder.width(), num_classes, true, normal_02(0, 0)));
-        Ok(Classifier { plan: encoder.dense_plan()?, encoder, head })
-    }
-
-    fn run<T: Float>(&self, run: &mut Run<T>, p: &Params<T>) -> Result<()> {
-        let image = run.input("image")?;
-        let (tokens, embed) = self.encoder.embed(p, &image, None)?;
-        let (y, saved) = self.encoder.forward(p, tokens, &self.plan, None)?;
-        let pooled = mean_tokens(&y)?;
-        let logits = match &self.head {
-            Some(head) => head.forward(p, &pooled)?,
-            None => pooled.clone(),
-        };
-        run.output("logits", &logits);
-        if run.backward() {
-            let mut g = run.zero_grads(p);
-            let d_logits = run.cotangent("logits", logits.shape())?;
-            let d_pooled = match &self.head {
-                Some(head) => head.backward(p, &mut g, &pooled, &d_logits)?,
-                None => d_logits,
-            };
-            let dy = mean_tokens_backward(&d_pooled, y.shape().rows_cols().0 / pooled.shape().rows_cols().0.max(1))?;
-            let d_tokens = self.encoder.backward(p, &mut g, saved, &self.plan, None, &dy)?;
-            let d_image = self.encoder.patch_embed().backward(p, &mut g, &embed, &d_tokens, None)?;
-            run.grad_input("image", &d_image);
-            run.grad_params(&g);
-        }
-        Ok(())
-    }
-}
-
 /// `[B, N, C]` → `[B, C]`: the mean over tokens.
 pub fn mean_tokens<T: Float>(x: &Tensor<T>) -> Result<Tensor<T>> {
     let [batch, n, c] = x.dims("tokens")?;
@@ -224,11 +183,18 @@ impl Operation for Model {
     }
 
     fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
-        let config = run.config();
-        let (model, layout) =
-            Layout::build(|names| Classifier::new(names, Settings::from_config(config, 1e-5)?, config.usize("num_classes")?))?;
+        let (model, layout) = Layout::build(|names| Swin::new(names, run.config()))?;
         let p = run.params(&layout)?;
-        model.run(run, &p)
+        let (logits, saved) = model.forward(&p, &run.input("image")?)?;
+        run.output("logits", &logits);
+        if run.backward() {
+            let mut g = run.zero_grads(&p);
+            if let Some(d_image) = model.backward(&p, &mut g, saved, &run.cotangent("logits", logits.shape())?, true)? {
+                run.grad_input("image", &d_image);
+            }
+            run.grad_params(&g);
+        }
+        Ok(())
     }
 }
 

@@ -143,6 +143,23 @@ impl Block {
     }
 }
 
+/// `x + γ ⊙ drop(f)`, what the branch saves, and the branch itself if it has gains γ. `run(Some(x))` is `x + f`, `run(None)` is `f`.
+pub fn add_branch<T: Float, S>(
+    p: &Params<T>,
+    drop: DropPath,
+    scale: Option<LayerScale>,
+    x: &Tensor<T>,
+    run: impl FnOnce(Option<&Tensor<T>>) -> Result<(Tensor<T>, S)>,
+) -> Result<(Tensor<T>, S, Option<Tensor<T>>)> {
+    let Some(scale) = scale else {
+        let (y, saved) = drop.residual(p, x, run)?;
+        return Ok((y, saved, None));
+    };
+    let (f, saved) = run(None)?;
+    let f = drop.apply(p, f);
+    Ok((scale.forward(p, x, &f)?, saved, Some(f)))
+}
+
 /// The gradient of a branch with an optional LayerScale.
 pub fn scale_backward<T: Float>(
     p: &Params<T>,

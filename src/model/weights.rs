@@ -16,6 +16,26 @@ pub enum Key {
     Keep,
     /// Our name for it.
     Rename(String),
+    /// Our name for it, unless the file has the tensor `unless`: there the name stays, and means another thing.
+    RenameUnless {
+        /// Our name.
+        name: String,
+        /// What the other kind of file has.
+        unless: &'static str,
+    },
+    /// Block `part` of `parts` along the first axis of our tensor.
+    Part {
+        /// Our name.
+        name: String,
+        /// Which block, from 0.
+        part: usize,
+        /// How many there are.
+        parts: usize,
+    },
+    /// A second name of our tensor, which has to agree with the first if the file has both.
+    Alias(String),
+    /// The same name, if the network has such a parameter; else not wanted.
+    Optional,
     /// Not wanted: a constant that karat computes, a counter.
     Drop,
 }
@@ -64,37 +84,46 @@ const SHOWN: usize = 5;
 pub fn load(file: &Checkpoint, model: &Model, params: &mut Params<f32>, new_head: bool) -> Result<Loaded> {
     let rules = &model.family.rules;
     let is_head = |name: &str| rules.heads.iter().any(|head| name.strip_prefix(head).is_some_and(|rest| rest.starts_with('.')));
+    let layout = params.layout().clone();
+    let known = |name: &str| layout.params().iter().chain(layout.buffers()).any(|e| e.name == name);
+    let published_names = file.names();
     let mut loaded = Loaded::default();
-    let mut found: BTreeMap<String, String> = BTreeMap::new();
-    for published in file.names() {
-        let name = match (rules.key)(&published) {
-            Key::Keep => published.clone(),
-            Key::Rename(name) => name,
-            Key::Drop => {
-                loaded.dropped.push(published);
+    let mut found: BTreeMap<String, Sources> = BTreeMap::new();
+    for published in &published_names {
+        let (name, place) = match (rules.key)(published) {
+            Key::Keep => (published.clone(), Place::Part(0, 1)),
+            Key::Rename(name) => (name, Place::Part(0, 1)),
+            Key::RenameUnless { name, unless } => {
+                let other = published_names.iter().any(|n| n == unless);
+                (if other { published.clone() } else { name }, Place::Part(0, 1))
+            }
+            Key::Part { name, part, parts } => (name, Place::Part(part, parts)),
+            Key::Alias(name) => (name, Place::Alias),
+            Key::Optional if known(published) => (published.clone(), Place::Part(0, 1)),
+            Key::Optional | Key::Drop => {
+                loaded.dropped.push(published.clone());
                 continue;
             }
         };
-        if let Some(other) = found.insert(name.clone(), published.clone()) {
+        if let Err(other) = found.entry(name.clone()).or_default().add(published, place) {
             return Err(file.error(format!("tensors `{other}` and `{published}` are both `{name}`")));
         }
     }
-    let layout = params.layout().clone();
     let (mut missing, mut wrong) = (Vec::new(), Vec::new());
     let entries = layout.params().iter().map(|e| (e, false)).chain(layout.buffers().iter().map(|e| (e, true)));
     for (entry, is_buffer) in entries {
         let Entry { name, param, .. } = entry;
-        let published = found.remove(name);
+        let sources = found.remove(name);
         if new_head && is_head(name) {
-            loaded.dropped.extend(published);
+            loaded.dropped.extend(sources.into_iter().flat_map(Sources::names));
             loaded.fresh.push(name.clone());
             continue;
         }
-        let Some(published) = published else {
+        let Some(sources) = sources else {
             missing.push(name.clone());
             continue;
         };
-        let mut tensor = file.tensor(&published)?;
+        let Some(mut tensor) = sources.read(file, &mut missing)? else { continue };
         if tensor.shape() != param.shape() {
             match (rules.resize)(name, &tensor, param.shape(), &model.config)? {
                 Some(resized) => {
@@ -102,6 +131,7 @@ pub fn load(file: &Checkpoint, model: &Model, params: &mut Params<f32>, new_head
                     tensor = resized;
                 }
                 None => {
+                    let published = sources.names().next().unwrap_or_default();
                     wrong.push(format!("{published} {:?} (expected {:?})", tensor.shape(), param.shape()));
                     continue;
                 }
@@ -109,7 +139,7 @@ pub fn load(file: &Checkpoint, model: &Model, params: &mut Params<f32>, new_head
         }
         params.load(entry, is_buffer, &tensor)?;
     }
-    let unexpected: Vec<String> = found.into_values().collect();
+    let unexpected: Vec<String> = found.into_values().flat_map(Sources::names).collect();
     let lists = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong)];
     let complaints: Vec<String> = lists.iter().filter(|(_, names)| !names.is_empty()).map(|(what, names)| listed(what, names)).collect();
     if complaints.is_empty() {
@@ -118,6 +148,86 @@ pub fn load(file: &Checkpoint, model: &Model, params: &mut Params<f32>, new_head
     let name = model.variant.name;
     let advice = if lists[2].1.iter().any(|wrong| is_head(wrong)) { "; --new-head leaves the classifier out" } else { "" };
     Err(file.error(format!("not the weights of `{name}`: {}{advice}", complaints.join("; "))))
+}
+
+/// Where a tensor of the file belongs in ours.
+enum Place {
+    /// Block of so many along the first axis.
+    Part(usize, usize),
+    /// All of it, once more.
+    Alias,
+}
+
+/// The tensors of a file that make one of ours.
+#[derive(Default)]
+struct Sources {
+    /// By block; all of it is one block of one.
+    parts: Vec<Option<String>>,
+    aliases: Vec<String>,
+}
+
+impl Sources {
+    /// Takes `published`; an error with the name of the tensor whose place it is.
+    fn add(&mut self, published: &str, place: Place) -> std::result::Result<(), String> {
+        match place {
+            Place::Alias => self.aliases.push(published.into()),
+            Place::Part(part, parts) => {
+                if self.parts.is_empty() {
+                    self.parts.resize(parts, None);
+                }
+                let taken = if self.parts.len() == parts { self.parts[part].clone() } else { self.parts.iter().flatten().next().cloned() };
+                if let Some(taken) = taken {
+                    return Err(taken);
+                }
+                self.parts[part] = Some(published.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// All names in the file.
+    fn names(self) -> impl Iterator<Item = String> {
+        self.parts.into_iter().flatten().chain(self.aliases)
+    }
+
+    /// The tensor; none if a block is missing, which is then listed.
+    fn read(&self, file: &Checkpoint, missing: &mut Vec<String>) -> Result<Option<Tensor<f32>>> {
+        let mut blocks = Vec::new();
+        for (i, part) in self.parts.iter().enumerate() {
+            let Some(name) = part else {
+                let beside = self.parts.iter().flatten().next().map_or("", String::as_str);
+                missing.push(format!("block {i} of {} beside {beside}", self.parts.len()));
+                return Ok(None);
+            };
+            blocks.push((name, file.tensor(name)?));
+        }
+        let mut whole = if blocks.len() > 1 { Some((blocks[0].0, joined(file, &blocks)?)) } else { blocks.pop() };
+        for name in &self.aliases {
+            let tensor = file.tensor(name)?;
+            match &whole {
+                None => whole = Some((name, tensor)),
+                Some((first, other)) if other.shape() != tensor.shape() || other.data() != tensor.data() => {
+                    return Err(file.error(format!("tensors `{first}` and `{name}` are one parameter, but differ")));
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(whole.map(|(_, tensor)| tensor))
+    }
+}
+
+/// Blocks of one shape, one after another along the first axis.
+fn joined(file: &Checkpoint, blocks: &[(&String, Tensor<f32>)]) -> Result<Tensor<f32>> {
+    let (first, shape) = (blocks[0].0, blocks[0].1.shape());
+    for (name, block) in blocks {
+        if block.shape() != shape || shape.is_empty() {
+            return Err(file.error(format!("tensors `{first}` {shape:?} and `{name}` {:?}: expected one shape", block.shape())));
+        }
+    }
+    let mut whole = shape.to_vec();
+    whole[0] *= blocks.len();
+    let data: Vec<f32> = blocks.iter().flat_map(|(_, block)| block.data()).copied().collect();
+    Tensor::new(Shape::try_new(&whole)?, &data)
 }
 
 fn listed(what: &str, names: &[String]) -> String {

@@ -1,7 +1,7 @@
 //! `block.xca` (XCiT, arXiv 2106.09681) and `block.xvit` (X-ViT, arXiv 2205.13805): attention, then local patch interaction, then MLP.
 //!
 //! `x ← x + γ₁ ⊙ attn(norm1 x)`, `x ← x + γ₃ ⊙ lpi(norm3 x)`, `x ← x + γ₂ ⊙ mlp(norm2 x)`: the order is 1, 3, 2. The attention is XCA or
-//! XNorm. Without LayerScale the gains are 1.
+//! XNorm. Without LayerScale the gains are 1. Drop path leaves each of the three branches out by itself.
 //!
 //! Backward: the branches in turn. Norms and GELU are computed again.
 
@@ -11,12 +11,12 @@ use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::Result;
 use crate::kernel::elementwise;
 use crate::nn::batch_norm::Updates;
-use crate::nn::{LayerNorm, LayerScale, Layout, LocalPatchInteraction, Mlp, Names, Params, Stats, lpi, mlp, normal_02};
+use crate::nn::{DropPath, LayerNorm, LayerScale, Layout, LocalPatchInteraction, Mlp, Names, Params, Stats, lpi, mlp, normal_02};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
 use super::swin_ops::map_size;
-use super::vit_block::hidden_width;
+use super::vit_block::{add_branch, hidden_width, scale_backward};
 
 /// The attention of a block.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +56,8 @@ pub struct Settings {
     pub lpi: lpi::Settings,
     /// ε of the three LayerNorms.
     pub ln_eps: f64,
+    /// Probability that a branch is left out in training: the same in all blocks.
+    pub drop_path: f64,
 }
 
 impl Settings {
@@ -67,6 +69,7 @@ impl Settings {
             layer_scale,
             lpi: lpi::Settings::from_config(config, mixing.dim())?,
             ln_eps: config.f64_or("ln_eps", 1e-6)?,
+            drop_path: config.f64_or("drop_path_rate", 0.0)?,
         })
     }
 }
@@ -123,6 +126,7 @@ pub struct Block {
     mlp: Mlp,
     /// In the order of the branches.
     scales: [Option<LayerScale>; 3],
+    drops: [DropPath; 3],
     settings: Settings,
 }
 
@@ -148,7 +152,7 @@ impl<T: Float> Saved<T> {
 impl Block {
     /// Registers the parameters.
     pub fn new(names: &mut Names, settings: Settings) -> Result<Self> {
-        let Settings { mixing, mlp_ratio, layer_scale, lpi, ln_eps } = settings;
+        let Settings { mixing, mlp_ratio, layer_scale, lpi, ln_eps, drop_path } = settings;
         let dim = mixing.dim();
         let norm1 = LayerNorm::new(names.at("norm1"), dim, ln_eps);
         let attn = match mixing {
@@ -160,7 +164,8 @@ impl Block {
         let norm2 = LayerNorm::new(names.at("norm2"), dim, ln_eps);
         let mlp = Mlp::new(names.at("mlp"), dim, hidden_width(dim, mlp_ratio)?, normal_02);
         let scales = ["gamma1", "gamma3", "gamma2"].map(|name| layer_scale.map(|start| LayerScale::new(names, name, dim, start)));
-        Ok(Block { norm1, attn, norm3, local, norm2, mlp, scales, settings })
+        let drops = [DropPath::new(names, drop_path)?, DropPath::new(names, drop_path)?, DropPath::new(names, drop_path)?];
+        Ok(Block { norm1, attn, norm3, local, norm2, mlp, scales, drops, settings })
     }
 
     /// What the forward pass for `[b, h, w]` tokens costs.
@@ -175,38 +180,19 @@ impl Block {
 
     /// The block's output, for tokens `[B, N, C]` of a map of `map` rows and columns.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>, map: [usize; 2], training: bool) -> Result<(Tensor<T>, Saved<T>)> {
-        let [scale1, scale3, scale2] = &self.scales;
+        let ([scale1, scale3, scale2], [drop1, drop3, drop2]) = (self.scales, self.drops);
         let (normed, stats1) = self.norm1.forward(p, &x)?;
-        let (x3, attn, branch1) = match scale1 {
-            None => {
-                let (y, saved) = self.attn.forward(p, &normed, Some(&x))?;
-                (y, saved, None)
-            }
-            Some(scale) => {
-                let (f, saved) = self.attn.forward(p, &normed, None)?;
-                (scale.forward(p, &x, &f)?, saved, Some(f))
-            }
-        };
+        let (x3, attn, branch1) = add_branch(p, drop1, scale1, &x, |residual| self.attn.forward(p, &normed, residual))?;
         let (normed, stats3) = self.norm3.forward(p, &x3)?;
-        let (mut f, local) = self.local.forward(p, &normed, map, training)?;
-        let (x2, branch3) = match scale3 {
-            None => {
-                elementwise::add(f.data_mut(), x3.data());
-                (f, None)
+        let (x2, local, branch3) = add_branch(p, drop3, scale3, &x3, |residual| {
+            let (mut f, saved) = self.local.forward(p, &normed, map, training)?;
+            if let Some(residual) = residual {
+                elementwise::add(f.data_mut(), residual.data());
             }
-            Some(scale) => (scale.forward(p, &x3, &f)?, Some(f)),
-        };
+            Ok((f, saved))
+        })?;
         let (normed, stats2) = self.norm2.forward(p, &x2)?;
-        let (y, mlp, branch2) = match scale2 {
-            None => {
-                let (y, saved) = self.mlp.forward(p, &normed, Some(&x2))?;
-                (y, saved, None)
-            }
-            Some(scale) => {
-                let (f, saved) = self.mlp.forward(p, &normed, None)?;
-                (scale.forward(p, &x2, &f)?, saved, Some(f))
-            }
-        };
+        let (y, mlp, branch2) = add_branch(p, drop2, scale2, &x2, |residual| self.mlp.forward(p, &normed, residual))?;
         let (x, stats) = ([x, x3, x2], [stats1, stats3, stats2]);
         Ok((y, Saved { x, stats, attn, local, mlp, branches: [branch1, branch3, branch2], map }))
     }
@@ -214,38 +200,35 @@ impl Block {
     /// `dx`.
     pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: Saved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
         let Saved { x: [x, x3, x2], stats: [stats1, stats3, stats2], attn, local, mlp, branches: [branch1, branch3, branch2], map } = saved;
-        let [scale1, scale3, scale2] = &self.scales;
-        let df = branch_gradient(p, g, scale2, branch2, dy)?;
+        let df = self.branch_gradient(p, g, 2, branch2, dy)?;
         let normed = self.norm2.again(p, &x2, &stats2);
         let d_normed = self.mlp.backward(p, g, &normed, mlp, &df)?;
         drop((df, normed));
         let d2 = self.norm2.backward(p, g, &x2, &stats2, &d_normed, Some(dy))?;
         drop((d_normed, x2));
-        let df = branch_gradient(p, g, scale3, branch3, &d2)?;
+        let df = self.branch_gradient(p, g, 1, branch3, &d2)?;
         let normed = self.norm3.again(p, &x3, &stats3);
         let d_normed = self.local.backward(p, g, &normed, map, local, &df)?;
         drop((df, normed));
         let d3 = self.norm3.backward(p, g, &x3, &stats3, &d_normed, Some(&d2))?;
         drop((d_normed, d2, x3));
-        let df = branch_gradient(p, g, scale1, branch1, &d3)?;
+        let df = self.branch_gradient(p, g, 0, branch1, &d3)?;
         let normed = self.norm1.again(p, &x, &stats1);
         let d_normed = self.attn.backward(p, g, &normed, attn, &df)?;
         drop((df, normed));
         self.norm1.backward(p, g, &x, &stats1, &d_normed, Some(&d3))
     }
-}
 
-/// The gradient of a branch that may have gains.
-fn branch_gradient<T: Float>(
-    p: &Params<T>,
-    g: &mut Params<T>,
-    scale: &Option<LayerScale>,
-    f: Option<Tensor<T>>,
-    dy: &Tensor<T>,
-) -> Result<Tensor<T>> {
-    match (scale, f) {
-        (Some(scale), Some(f)) => scale.backward(p, g, &f, dy),
-        _ => Ok(dy.clone()),
+    /// The gradient of branch `i`.
+    fn branch_gradient<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        i: usize,
+        f: Option<Tensor<T>>,
+        dy: &Tensor<T>,
+    ) -> Result<Tensor<T>> {
+        Ok(self.drops[i].apply(p, scale_backward(p, g, self.scales[i], f, dy)?))
     }
 }
 

@@ -16,6 +16,7 @@ use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
 use super::cait_block::{self, add_patches, with_class};
+use super::stack::{self, Kept};
 use super::vit_block::hidden_width;
 
 /// What the class blocks are made of.
@@ -187,7 +188,7 @@ pub struct ClassStage {
 
 /// What [`ClassStage::backward`] needs.
 pub struct StageSaved<T: Float> {
-    blocks: Vec<Saved<T>>,
+    blocks: Vec<Kept<T, Saved<T>>>,
     last: Tensor<T>,
     stats: Stats<T>,
     patches: usize,
@@ -228,13 +229,7 @@ impl ClassStage {
         }
         let mut class = Tensor::scratch([b, 1, c]);
         class.data_mut().chunks_exact_mut(c).for_each(|row| row.copy_from_slice(p.get(self.token)));
-        let mut tokens = with_class(&class, x)?;
-        let mut blocks = Vec::with_capacity(self.blocks.len());
-        for block in &self.blocks {
-            let (y, saved) = block.forward(p, tokens)?;
-            blocks.push(saved);
-            tokens = y;
-        }
+        let (tokens, blocks) = stack::forward(p, &self.blocks, with_class(&class, x)?, |block, _, x| block.forward(p, x))?;
         let last = first_rows(&tokens)?;
         let (y, stats) = self.norm.forward(p, &last)?;
         Ok((y.reshape([b, c])?, StageSaved { blocks, last, stats, patches: n }))
@@ -245,10 +240,14 @@ impl ClassStage {
         let StageSaved { blocks, last, stats, patches } = saved;
         let [b, c] = dy.dims("gradient of the class vector")?;
         let d_last = self.norm.backward(p, g, &last, &stats, &dy.reshape([b, 1, c])?, None)?;
-        let mut d = with_first_rows(Tensor::zeros([b, 1 + patches, c]), &d_last)?;
-        for (block, saved) in self.blocks.iter().zip(blocks).rev() {
-            d = block.backward(p, g, saved, &d)?;
-        }
+        let d = with_first_rows(Tensor::zeros([b, 1 + patches, c]), &d_last)?;
+        let d = stack::backward(
+            &self.blocks,
+            blocks,
+            d,
+            |block, _, x| block.forward(p, x),
+            |block, _, saved, d| block.backward(p, g, saved, d),
+        )?;
         for row in first_rows(&d)?.data().chunks_exact(c) {
             elementwise::add(g.get_mut(self.token), row);
         }

@@ -10,13 +10,18 @@ use crate::case::{Config, Draw, Operation, Run};
 use crate::error::{Error, Result};
 use crate::kernel::{elementwise, reduce, rows};
 use crate::nn::batch_norm::Updates;
-use crate::nn::{ConvStem, Init, LayerNorm, Layout, Linear, Names, Param, Params, Stats, conv_stem};
+use crate::nn::{ConvStem, Init, LayerNorm, Layout, Linear, Names, Param, Params, Pass, Stats, conv_stem};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
-use super::xcit::{gain_start, sample_sizes};
+use super::network::{Built, Classifier};
+use super::stack::{self, Kept};
+use super::vit::resize_pos_embed;
+use super::weights::{Key, Rules};
+use super::xcit::{gain_start, sample_sizes, stem_macs};
 use super::xcit_block::{self, Block, Mixing};
 use super::xvit_class::{self, ClassBlock};
+use super::zoo::{Eval, Family, Variant};
 
 /// The network.
 #[derive(Clone, Debug)]
@@ -36,20 +41,22 @@ pub struct Xvit {
 /// What [`Xvit::backward`] needs.
 pub struct Saved<T: Float> {
     stem: conv_stem::Saved<T>,
-    blocks: Vec<xcit_block::Saved<T>>,
-    class_blocks: Vec<xvit_class::Saved<T>>,
+    blocks: Vec<Kept<T, xcit_block::Saved<T>>>,
+    class_blocks: Vec<Kept<T, xvit_class::Saved<T>>>,
+    /// The patches, where the class blocks run once more.
+    x: Option<Tensor<T>>,
     /// The class tokens before and after the norm.
     class: [Tensor<T>; 2],
     stats: Stats<T>,
-    patches: usize,
+    map: [usize; 2],
+    training: bool,
+    updates: Updates<T>,
 }
 
 impl<T: Float> Saved<T> {
     /// Takes the running statistics after the call: none in evaluation.
     pub fn take_updates(&mut self) -> Updates<T> {
-        let mut updates = self.stem.take_updates();
-        updates.extend(self.blocks.iter_mut().flat_map(xcit_block::Saved::take_updates));
-        updates
+        std::mem::take(&mut self.updates)
     }
 }
 
@@ -84,48 +91,130 @@ impl Xvit {
             let [chans, h, w] = self.image;
             return Err(Error::shape("input `x`", format!("[batch, {chans}, {h}, {w}]"), image.shape()));
         }
-        let (mut x, map, stem) = self.stem.forward(p, image, training)?;
+        let (mut x, map, mut stem) = self.stem.forward(p, image, training)?;
+        let mut updates = stem.take_updates();
         rows::add_table(x.data_mut(), p.get(self.positions));
-        let mut blocks = Vec::with_capacity(self.blocks.len());
-        for block in &self.blocks {
-            let (y, saved) = block.forward(p, x, map, training)?;
-            blocks.push(saved);
-            x = y;
-        }
+        let (x, blocks) = stack::forward(p, &self.blocks, x, |block, _, x| {
+            let (y, mut saved) = block.forward(p, x, map, training)?;
+            updates.extend(saved.take_updates());
+            Ok((y, saved))
+        })?;
+        p.show("tokens", &x);
         let mut class = Tensor::scratch([b, 1, self.dim]);
         class.data_mut().chunks_exact_mut(self.dim).for_each(|row| row.copy_from_slice(p.get(self.token)));
-        let mut class_blocks = Vec::with_capacity(self.class_blocks.len());
-        for block in &self.class_blocks {
-            let (y, saved) = block.forward(p, &x, &class)?;
-            class_blocks.push(saved);
-            class = y;
-        }
+        let (class, class_blocks) = stack::forward(p, &self.class_blocks, class, |block, _, class| block.forward(p, &x, &class))?;
         let (normed, stats) = self.norm.forward(p, &class)?;
         let normed = normed.reshape([b, self.dim])?;
+        p.show("pooled", &normed);
         let logits = self.head.as_ref().map_or(Ok(normed.clone()), |head| head.forward(p, &normed))?;
-        Ok((logits, Saved { stem, blocks, class_blocks, class: [class, normed], stats, patches: map[0] * map[1] }))
+        let x = matches!(p.pass(), Pass::Train { recompute: true, .. }).then_some(x);
+        Ok((logits, Saved { stem, blocks, class_blocks, x, class: [class, normed], stats, map, training, updates }))
     }
 
-    /// The gradient of the images.
-    pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: Saved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
-        let Saved { stem, blocks, class_blocks, class: [class, normed], stats, patches } = saved;
+    /// Adds the gradients of the parameters; the gradient of the images if `want_image`.
+    pub fn backward<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        saved: Saved<T>,
+        dy: &Tensor<T>,
+        want_image: bool,
+    ) -> Result<Option<Tensor<T>>> {
+        let Saved { stem, blocks, class_blocks, x, class: [class, normed], stats, map, training, .. } = saved;
         let (b, c) = (class.shape()[0], self.dim);
         let d_normed = self.head.as_ref().map_or(Ok(dy.clone()), |head| head.backward(p, g, &normed, dy))?;
-        let mut d_class = self.norm.backward(p, g, &class, &stats, &d_normed.reshape([b, 1, c])?, None)?;
-        let mut d = Tensor::zeros([b, patches, c]);
-        for (block, saved) in self.class_blocks.iter().zip(class_blocks).rev() {
-            d_class = block.backward(p, g, saved, &mut d, &d_class)?;
-        }
+        let d_class = self.norm.backward(p, g, &class, &stats, &d_normed.reshape([b, 1, c])?, None)?;
+        let mut d = Tensor::zeros([b, map[0] * map[1], c]);
+        let d_class = stack::backward(
+            &self.class_blocks,
+            class_blocks,
+            d_class,
+            |block, _, again| block.forward(p, x.as_ref().unwrap_or(&class), &again),
+            |block, _, saved, d_class| block.backward(p, g, saved, &mut d, d_class),
+        )?;
         for row in d_class.data().chunks_exact(c) {
             elementwise::add(g.get_mut(self.token), row);
         }
-        for (block, saved) in self.blocks.iter().zip(blocks).rev() {
-            d = block.backward(p, g, saved, &d)?;
-        }
+        let d = stack::backward(
+            &self.blocks,
+            blocks,
+            d,
+            |block, _, x| block.forward(p, x, map, training),
+            |block, _, saved, d| block.backward(p, g, saved, d),
+        )?;
         reduce::add_column_sums(g.get_mut(self.positions), d.data());
-        self.stem.backward(p, g, stem, &d)
+        if want_image {
+            return self.stem.backward(p, g, stem, &d).map(Some);
+        }
+        self.stem.backward_params(p, g, stem, &d)?;
+        Ok(None)
     }
 }
+
+impl Classifier for Xvit {
+    type Saved = Saved<f32>;
+
+    fn forward(&self, p: &Params<f32>, images: &Tensor<f32>) -> Result<(Vec<Tensor<f32>>, Saved<f32>)> {
+        let (logits, saved) = self.forward(p, images, p.training())?;
+        Ok((vec![logits], saved))
+    }
+
+    fn updates(saved: &mut Saved<f32>) -> Updates<f32> {
+        saved.take_updates()
+    }
+
+    fn backward(&self, p: &Params<f32>, g: &mut Params<f32>, saved: Saved<f32>, d: &[Tensor<f32>]) -> Result<()> {
+        self.backward(p, g, saved, &d[0], false).map(drop)
+    }
+}
+
+/// Multiply-adds for one image.
+fn macs(config: &Config, size: usize) -> Result<f64> {
+    let [c, e, heads, depth, layers, classes] =
+        ["embed_dim", "attn_dim", "num_heads", "depth", "cls_attn_layers", "num_classes"].map(|key| config.usize(key));
+    let (c, e, heads, ratio) = (c? as f64, e? as f64, heads?.max(1) as f64, config.f64("mlp_ratio")?);
+    let (stem, map) = stem_macs(config, size)?;
+    let n = (map[0] * map[1]) as f64;
+    let block = n * (4.0 * c * e + 2.0 * ratio * c * c + 2.0 * e * e / heads + 18.0 * c);
+    let class = (n + 1.0) * (2.0 * c * e + e * e / heads) + 2.0 * c * e + e * e / heads + 2.0 * ratio * c * c;
+    Ok(stem + depth? as f64 * block + layers? as f64 * class + c * classes? as f64)
+}
+
+/// No weights are published: images are prepared as for XCiT, whose recipe it shares.
+const fn variant(name: &'static str, config: &'static str, params: usize, gmacs: f64) -> Variant {
+    Variant { name, also: &[], config, eval: Eval::IMAGENET.crop(1.0), params: Some(params), gmacs: Some(gmacs) }
+}
+
+const TINY: &str = r#"{"embed_dim": 192, "attn_dim": 96, "depth": 24}"#;
+const SMALL: &str = r#"{"embed_dim": 384, "attn_dim": 128, "depth": 12}"#;
+const MEDIUM: &str = r#"{"embed_dim": 384, "attn_dim": 128, "depth": 24}"#;
+const BASE: &str = r#"{"embed_dim": 512, "attn_dim": 128, "depth": 24}"#;
+const MICRO: &str = r#"{"patch_size": 8, "embed_dim": 96, "attn_dim": 64, "depth": 4, "cls_attn_layers": 1}"#;
+
+/// X-ViT.
+pub static FAMILY: Family = Family {
+    op: "model.xvit",
+    common: r#"{"patch_size": 16, "in_chans": 3, "num_heads": 4, "mlp_ratio": 4.0, "qkv_bias": true, "cls_attn_layers": 2,
+        "kv_norm_axis": "key", "shared_gamma": true, "eps": 1e-12, "lpi": "xcit", "layer_scale": true, "ln_eps": 1e-6, "bn_eps": 1e-5,
+        "bn_momentum": 0.1}"#,
+    build: |config| Built::new(|names| Xvit::new(names, config)),
+    at_size: |config, size| {
+        config.set("img_height", size).set("img_width", size);
+    },
+    macs,
+    rules: Rules {
+        key: |name| if name.ends_with("num_batches_tracked") { Key::Drop } else { Key::Keep },
+        resize: |name, table, wanted, _| if name == "pos_embed" { resize_pos_embed(0, table, wanted) } else { Ok(None) },
+        heads: &["head"],
+    },
+    variants: &[
+        variant("xvit_tiny", TINY, 10_217_640, 1.89),
+        variant("xvit_small", SMALL, 20_787_792, 3.72),
+        variant("xvit_medium", MEDIUM, 37_478_016, 7.00),
+        variant("xvit_base", BASE, 63_985_552, 11.95),
+        Variant { name: "xvit_micro", also: &[], config: MICRO, eval: Eval::SMALL, params: None, gmacs: None },
+    ],
+};
 
 /// `model.xvit`.
 pub struct ModelXvit;
@@ -160,8 +249,9 @@ impl Operation for ModelXvit {
         let updates = saved.take_updates();
         if run.backward() {
             let mut g = run.zero_grads(&p);
-            let dx = model.backward(&p, &mut g, saved, &run.cotangent("logits", logits.shape())?)?;
-            run.grad_input("x", &dx);
+            if let Some(dx) = model.backward(&p, &mut g, saved, &run.cotangent("logits", logits.shape())?, true)? {
+                run.grad_input("x", &dx);
+            }
             run.grad_params(&g);
         }
         run.after_buffers(&layout, updates);

@@ -70,7 +70,16 @@ impl Eval {
 }
 
 /// Every family.
-pub static FAMILIES: &[&Family] = &[&super::vit::FAMILY, &super::vit::DISTILLED_FAMILY];
+pub static FAMILIES: &[&Family] = &[
+    &super::vit::FAMILY,
+    &super::vit::DISTILLED_FAMILY,
+    &super::swin::FAMILY,
+    &super::xcit::FAMILY,
+    &super::cait::FAMILY,
+    &super::coat::FAMILY,
+    &super::beit::FAMILY,
+    &super::xvit::FAMILY,
+];
 
 /// Every family's variants, with their family.
 pub fn variants() -> impl Iterator<Item = (&'static Family, &'static Variant)> {

@@ -138,6 +138,19 @@ impl ConvStem {
 
     /// The gradient of the images.
     pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: Saved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
+        let (image, d) = self.backward_params(p, g, saved, dy)?;
+        let [b, h, w, c] = image.dims("image")?;
+        channels_first(&self.stages[0].0.backward_input(p, [b, h, w, c], &d)?)
+    }
+
+    /// The gradients of the parameters; returns the images, channels last, and the gradient of the first convolution's output.
+    pub fn backward_params<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        saved: Saved<T>,
+        dy: &Tensor<T>,
+    ) -> Result<(Tensor<T>, Tensor<T>)> {
         let Saved { image, stages } = saved;
         let mut d = match stages.last() {
             Some((map, _)) => dy.reshape(map.shape())?,
@@ -146,7 +159,10 @@ impl ConvStem {
         for (index, ((conv, norm), (map, saved))) in self.stages.iter().zip(&stages).enumerate().rev() {
             let d_map = norm.backward(p, g, map, saved, &d)?;
             match index.checked_sub(1) {
-                None => d = conv.backward(p, g, &image, &d_map)?,
+                None => {
+                    conv.backward_params(g, &image, &d_map)?;
+                    d = d_map;
+                }
                 Some(before) => {
                     let (map, saved) = &stages[before];
                     let normed = self.stages[before].1.again(p, map, saved, false);
@@ -155,7 +171,7 @@ impl ConvStem {
                 }
             }
         }
-        channels_first(&d)
+        Ok((image, d))
     }
 }
 
