@@ -251,7 +251,7 @@ impl Performer {
             None => self.proj.forward_onto_rows(p, &mixed, Some(plan.part(&kqv, 2, 0, batch * tokens)))?,
             Some(dropout) => {
                 let mut y = self.proj.forward(p, &mixed)?;
-                dropout.apply(y.data_mut(), 0);
+                dropout.apply(p, y.data_mut(), 0);
                 let skip = plan.part(&kqv, 2, 0, batch * tokens);
                 y.data_mut().chunks_exact_mut(e).enumerate().for_each(|(i, y)| {
                     y.iter_mut().zip(&skip.data()[i * 3 * e..]).for_each(|(y, &v)| *y += v);
@@ -287,7 +287,7 @@ impl Performer {
         }
         let mut masked = dy.clone();
         if let Some(dropout) = self.dropout {
-            dropout.apply(masked.data_mut(), 0);
+            dropout.apply(p, masked.data_mut(), 0);
         }
         let d_mixed = self.proj.backward(p, g, &mixed, &masked)?;
         drop(masked);

@@ -42,8 +42,8 @@ enum PyramidPlans {
 }
 
 enum PyramidSaved<T: Float> {
-    Pvt(Vec<pvt::Saved<T>>),
-    Swin(Vec<um_swin::Saved<T>>),
+    Pvt(pvt::EncoderSaved<T>),
+    Swin(um_swin::EncoderSaved<T>),
 }
 
 impl Pyramid {

@@ -6,7 +6,7 @@ use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::Result;
 use crate::kernel::elementwise;
 use crate::nn::maps::{channels_first, channels_last};
-use crate::nn::{GroupNorm, LayerScale, Layout, Mlp, Names, Params, group_norm, mlp, normal_02};
+use crate::nn::{DropPath, GroupNorm, LayerScale, Layout, Mlp, Names, Params, group_norm, mlp, normal_02};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
@@ -26,6 +26,8 @@ pub struct Settings {
     pub mlp_ratio: f64,
     /// Branches are scaled per channel.
     pub layer_scale: bool,
+    /// Probability that a residual branch is left out in training.
+    pub drop_path: f64,
 }
 
 impl Settings {
@@ -35,6 +37,7 @@ impl Settings {
             cluster: cluster::Settings { out_dim: dim, return_center: false, ..cluster::Settings::from_config(config, dim)? },
             mlp_ratio: config.f64_or("mlp_ratio", 4.0)?,
             layer_scale: config.bool_or("use_layer_scale", true)?,
+            drop_path: 0.0,
         })
     }
 
@@ -57,6 +60,7 @@ pub struct ClusterBlock {
     norm2: GroupNorm,
     mlp: Mlp,
     scales: Option<[LayerScale; 2]>,
+    drops: [DropPath; 2],
 }
 
 /// What [`ClusterBlock::backward`] needs.
@@ -87,14 +91,16 @@ impl ClusterBlock {
         let norm2 = GroupNorm::new(names.at("norm2"), 1, dim, NORM_EPS)?;
         let mlp = Mlp::new(names.at("mlp"), dim, hidden_width(dim, settings.mlp_ratio)?, normal_02);
         let scales = settings.layer_scale.then(|| ["layer_scale_1", "layer_scale_2"].map(|name| LayerScale::new(names, name, dim, SCALE)));
-        Ok(ClusterBlock { norm1, token_mixer, norm2, mlp, scales })
+        let drops = [DropPath::new(names, settings.drop_path)?, DropPath::new(names, settings.drop_path)?];
+        Ok(ClusterBlock { norm1, token_mixer, norm2, mlp, scales, drops })
     }
 
     /// `[B, H, W, C]` → the same.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>) -> Result<(Tensor<T>, Saved<T>)> {
         let (normed, stats1) = self.norm1.forward(p, &x)?;
-        let (mut branch1, cluster) = self.token_mixer.forward(p, &normed)?;
+        let (branch1, cluster) = self.token_mixer.forward(p, &normed)?;
         drop(normed);
+        let mut branch1 = self.drops[0].apply(p, branch1);
         let middle = match &self.scales {
             Some([scale, _]) => scale.forward(p, &x, &branch1)?,
             None => {
@@ -106,10 +112,11 @@ impl ClusterBlock {
         let (y, mlp, branches) = match &self.scales {
             Some([_, scale]) => {
                 let (branch2, mlp) = self.mlp.forward(p, &normed, None)?;
+                let branch2 = self.drops[1].apply(p, branch2);
                 (scale.forward(p, &middle, &branch2)?, mlp, Some([branch1, branch2]))
             }
             None => {
-                let (y, mlp) = self.mlp.forward(p, &normed, Some(&middle))?;
+                let (y, mlp) = self.drops[1].residual(p, &middle, |residual| self.mlp.forward(p, &normed, residual))?;
                 (y, mlp, None)
             }
         };
@@ -119,9 +126,12 @@ impl ClusterBlock {
     /// `dx`.
     pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: Saved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
         let Saved { x, stats1, cluster, middle, stats2, mlp, branches } = saved;
-        let scaled = |g: &mut Params<T>, i: usize, d: &Tensor<T>| match (&self.scales, &branches) {
-            (Some(scales), Some(branches)) => scales[i].backward(p, g, &branches[i], d),
-            _ => Ok(d.clone()),
+        let scaled = |g: &mut Params<T>, i: usize, d: &Tensor<T>| -> Result<Tensor<T>> {
+            let df = match (&self.scales, &branches) {
+                (Some(scales), Some(branches)) => scales[i].backward(p, g, &branches[i], d)?,
+                _ => d.clone(),
+            };
+            Ok(self.drops[i].apply(p, df))
         };
         let df = scaled(g, 1, dy)?;
         let normed = self.norm2.again(p, &middle, &stats2);

@@ -11,12 +11,17 @@
 //! | medium | 4, 4, 12, 4 | 64, 128, 320, 512 | 8, 8, 4, 4 | 6, 6, 12, 12 | 32 | 8, 4, 2, 1 |
 
 use super::cluster_block::{self, ClusterBlock, NORM_EPS};
+use super::network::{Built, Classifier};
+use super::stack::{self, Kept};
 use super::swin_ops::{mean_tokens, mean_tokens_backward};
+use super::vit_block::hidden_width;
+use super::weights::{self, Rules};
+use super::zoo::{Eval, Family, Variant};
 use crate::attention::cluster;
 use crate::case::{Config, Draw, Operation, Run};
 use crate::error::{Error, Result};
 use crate::nn::points::{CocEmbed, point_reducer};
-use crate::nn::{Conv2d, GroupNorm, Layout, Linear, Names, Params, group_norm, normal_02};
+use crate::nn::{Conv2d, DropPath, GroupNorm, Layout, Linear, Names, Params, group_norm, normal_02};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, IntTensor, Tensor};
 
@@ -25,7 +30,7 @@ use crate::tensor::{Float, IntTensor, Tensor};
 pub struct StageSettings {
     /// How many.
     pub layers: usize,
-    /// Each of them.
+    /// Each of them; drop path is the network's.
     pub block: cluster_block::Settings,
     /// A point reducer follows, if there is a next stage.
     pub downsample: bool,
@@ -42,6 +47,8 @@ pub struct Settings {
     pub stages: Vec<StageSettings>,
     /// Classes.
     pub num_classes: usize,
+    /// Drop path of the last block; it grows linearly from 0 over all blocks.
+    pub drop_path: f64,
 }
 
 impl Settings {
@@ -85,6 +92,7 @@ impl Settings {
                 },
                 mlp_ratio: ratios[i],
                 layer_scale,
+                drop_path: 0.0,
             },
             downsample: downsamples[i],
         };
@@ -93,6 +101,7 @@ impl Settings {
             down: [config.usize_or("down_patch_size", 3)?, config.usize_or("down_stride", 2)?, config.usize_or("down_pad", 1)?],
             stages: (0..count).map(stage).collect(),
             num_classes: config.positive("num_classes")?,
+            drop_path: config.f64_or("drop_path_rate", 0.0)?,
         })
     }
 }
@@ -113,7 +122,7 @@ pub struct Coc {
 }
 
 struct StageSaved<T: Float> {
-    blocks: Vec<cluster_block::Saved<T>>,
+    blocks: Vec<Kept<T, cluster_block::Saved<T>>>,
     /// What the point reducer read.
     before: Option<Tensor<T>>,
 }
@@ -128,9 +137,13 @@ pub struct Saved<T: Float> {
 }
 
 impl<T: Float> Saved<T> {
-    /// The cluster of every point and head, `[B, H, W, heads]` for each stage and block: to look at.
+    /// The cluster of every point and head, `[B, H, W, heads]` for each stage and block that was kept: to look at.
     pub fn assignments(&self) -> Vec<Vec<IntTensor>> {
-        self.stages.iter().map(|stage| stage.blocks.iter().map(|block| block.cluster().assignment()).collect()).collect()
+        let of = |kept: &Kept<T, cluster_block::Saved<T>>| match kept {
+            Kept::Saved(block) => Some(block.cluster().assignment()),
+            _ => None,
+        };
+        self.stages.iter().map(|stage| stage.blocks.iter().filter_map(of).collect()).collect()
     }
 }
 
@@ -140,9 +153,15 @@ impl Coc {
         let width = |s: usize| settings.stages[s].block.cluster.dim;
         let embed = CocEmbed::new(names, width(0), settings.embed)?;
         let (mut stages, last) = (Vec::new(), settings.stages.len() - 1);
+        let (mut index, depth) = (0, settings.stages.iter().map(|stage| stage.layers).sum());
         for (s, stage) in settings.stages.iter().enumerate() {
             let mut at = names.at(format!("network.{}", 2 * s));
-            let blocks = (0..stage.layers).map(|j| ClusterBlock::new(&mut at.at(j.to_string()), stage.block)).collect::<Result<_>>()?;
+            let mut block = |j| {
+                let drop_path = DropPath::linear(settings.drop_path, index + j, depth);
+                ClusterBlock::new(&mut at.at(format!("{j}")), cluster_block::Settings { drop_path, ..stage.block })
+            };
+            let blocks = (0..stage.layers).map(&mut block).collect::<Result<_>>()?;
+            index += stage.layers;
             let reducer = match s < last && (stage.downsample || width(s) != width(s + 1)) {
                 true => Some(point_reducer(names.at(format!("network.{}", 2 * s + 1)), [width(s), width(s + 1)], settings.down)?),
                 false => None,
@@ -158,18 +177,16 @@ impl Coc {
     pub fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>) -> Result<(Tensor<T>, Saved<T>)> {
         let (mut x, image) = self.embed.forward(p, image)?;
         let mut stages = Vec::with_capacity(self.stages.len());
-        for stage in &self.stages {
-            let mut saved = StageSaved { blocks: Vec::with_capacity(stage.blocks.len()), before: None };
-            for block in &stage.blocks {
-                let (y, s) = block.forward(p, x)?;
-                saved.blocks.push(s);
-                x = y;
-            }
+        for (i, stage) in self.stages.iter().enumerate() {
+            let (y, blocks) = stack::forward(p, &stage.blocks, x, |block, _, x| block.forward(p, x))?;
+            p.show(format!("stages.{i}"), &y);
+            x = y;
+            let mut before = None;
             if let Some(reducer) = &stage.reducer {
                 let y = reducer.forward(p, &x)?;
-                saved.before = Some(std::mem::replace(&mut x, y));
+                before = Some(std::mem::replace(&mut x, y));
             }
-            stages.push(saved);
+            stages.push(StageSaved { blocks, before });
         }
         let (normed, stats) = self.norm.forward(p, &x)?;
         let [batch, h, w, c] = x.dims("map [B, H, W, C]")?;
@@ -177,12 +194,20 @@ impl Coc {
             return Err(Error::shape("map of the last stage", "a point at least", x.shape()));
         }
         let mean = mean_tokens(&normed.reshape([batch, h * w, c])?)?;
+        p.show("pooled", &mean);
         let logits = self.head.forward(p, &mean)?;
         Ok((logits, Saved { image, stages, last: x, stats, mean }))
     }
 
-    /// The gradient of the images `[B, 3, H, W]`.
-    pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: Saved<T>, d_logits: &Tensor<T>) -> Result<Tensor<T>> {
+    /// Adds the gradients of the parameters; the gradient of the images `[B, 3, H, W]` if `want_image`.
+    pub fn backward<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        saved: Saved<T>,
+        d_logits: &Tensor<T>,
+        want_image: bool,
+    ) -> Result<Option<Tensor<T>>> {
         let Saved { image, stages, last, stats, mean } = saved;
         let d_mean = self.head.backward(p, g, &mean, d_logits)?;
         let [_, h, w, _] = last.dims("map [B, H, W, C]")?;
@@ -193,13 +218,137 @@ impl Coc {
             if let (Some(reducer), Some(before)) = (&stage.reducer, saved.before) {
                 d = reducer.backward(p, g, &before, &d)?;
             }
-            for (block, saved) in stage.blocks.iter().zip(saved.blocks).rev() {
-                d = block.backward(p, g, saved, &d)?;
-            }
+            let again = |block: &ClusterBlock, _, x| block.forward(p, x);
+            d = stack::backward(&stage.blocks, saved.blocks, d, again, |block, _, saved, d| block.backward(p, g, saved, d))?;
         }
-        self.embed.backward(p, g, &image, &d)
+        if want_image {
+            self.embed.backward(p, g, &image, &d).map(Some)
+        } else {
+            self.embed.backward_params(g, &image, &d)?;
+            Ok(None)
+        }
     }
 }
+
+impl Classifier for Coc {
+    type Saved = Saved<f32>;
+
+    fn forward(&self, p: &Params<f32>, images: &Tensor<f32>) -> Result<(Vec<Tensor<f32>>, Saved<f32>)> {
+        let (logits, saved) = self.forward(p, images)?;
+        Ok((vec![logits], saved))
+    }
+
+    fn backward(&self, p: &Params<f32>, g: &mut Params<f32>, saved: Saved<f32>, d: &[Tensor<f32>]) -> Result<()> {
+        self.backward(p, g, saved, &d[0], false).map(drop)
+    }
+}
+
+/// Multiply-adds for one image: convolutions, linear maps, and three products of every point with every centre of its region.
+fn macs(config: &Config, size: usize) -> Result<f64> {
+    let settings = Settings::from_config(config)?;
+    let (model, _) = Layout::build(|names| Coc::new(names, &settings))?;
+    let flops = |conv: &Conv2d, side: usize| -> Result<(f64, usize)> {
+        Ok((conv.cost([1, side, side])?.flops as f64 / 2.0, conv.output_size([side, side])?[0]))
+    };
+    let (cost, [mut side, _]) = model.embed.cost([1, size, size])?;
+    let mut macs = cost.flops as f64 / 2.0;
+    let mut width = 0;
+    for (stage, layers) in settings.stages.iter().zip(&model.stages) {
+        let cluster = &stage.block.cluster;
+        let (points, inner, centres) = (side * side, cluster.heads * cluster.head_dim, cluster.proposals[0] * cluster.proposals[1]);
+        width = cluster.dim;
+        let per_point = 3 * inner * (width + centres) + 2 * width * hidden_width(width, stage.block.mlp_ratio)?;
+        macs += (stage.layers * points * per_point) as f64;
+        if let Some(reducer) = &layers.reducer {
+            let (reduced, next) = flops(reducer, side)?;
+            macs += reduced;
+            side = next;
+        }
+    }
+    Ok(macs + (width * settings.num_classes) as f64)
+}
+
+/// The published networks, re-trained by the authors; crop 0.9 for all.
+pub static FAMILY: Family = Family {
+    op: "model.coc",
+    common: r#"{"mlp_ratios": [8, 8, 4, 4], "downsamples": [true, true, true, true], "in_patch_size": 4, "in_stride": 4, "in_pad": 0,
+        "down_patch_size": 3, "down_stride": 2, "down_pad": 1, "use_layer_scale": true,
+        "proposal_w": [2, 2, 2, 2], "proposal_h": [2, 2, 2, 2], "fold_w": [8, 4, 2, 1], "fold_h": [8, 4, 2, 1]}"#,
+    build: |config| Built::new(|names| Coc::new(names, &Settings::from_config(config)?)),
+    at_size: |_, _| (),
+    macs,
+    rules: Rules { key: weights::keep, resize: weights::fixed, heads: &["head"] },
+    variants: &[
+        Variant {
+            name: "coc_tiny",
+            also: &[],
+            config: r#"{"layers": [3, 4, 5, 2], "embed_dims": [32, 64, 196, 320], "heads": [4, 4, 8, 8], "head_dim": [24, 24, 24, 24]}"#,
+            eval: Eval::IMAGENET,
+            params: Some(5_570_584),
+            gmacs: Some(1.104),
+        },
+        Variant {
+            name: "coc_tiny2",
+            also: &[],
+            config: r#"{"layers": [3, 4, 5, 2], "embed_dims": [32, 64, 196, 320], "heads": [4, 4, 8, 8], "head_dim": [24, 24, 24, 24],
+                "proposal_w": [4, 2, 7, 4], "proposal_h": [4, 2, 7, 4], "fold_w": [7, 7, 1, 1], "fold_h": [7, 7, 1, 1]}"#,
+            eval: Eval::IMAGENET,
+            params: Some(5_570_584),
+            gmacs: Some(1.162),
+        },
+        Variant {
+            name: "coc_tiny_plain",
+            also: &[],
+            config: r#"{"layers": [3, 4, 5, 2], "embed_dims": [32, 64, 196, 320], "heads": [4, 4, 8, 8], "head_dim": [24, 24, 24, 24],
+                "proposal_w": [4, 4, 2, 2], "proposal_h": [4, 4, 2, 2], "fold_w": [1, 1, 1, 1], "fold_h": [1, 1, 1, 1]}"#,
+            eval: Eval::IMAGENET,
+            params: Some(5_570_584),
+            gmacs: Some(1.147),
+        },
+        Variant {
+            name: "coc_small",
+            also: &[],
+            config: r#"{"layers": [2, 2, 6, 2], "embed_dims": [64, 128, 320, 512], "heads": [4, 4, 8, 8], "head_dim": [32, 32, 32, 32]}"#,
+            eval: Eval::IMAGENET,
+            params: Some(14_657_024),
+            gmacs: Some(2.785),
+        },
+        Variant {
+            name: "coc_medium",
+            also: &[],
+            config: r#"{"layers": [4, 4, 12, 4], "embed_dims": [64, 128, 320, 512], "heads": [6, 6, 12, 12], "head_dim": [32, 32, 32, 32]}"#,
+            eval: Eval::IMAGENET,
+            params: Some(29_290_520),
+            gmacs: Some(5.925),
+        },
+        Variant {
+            name: "coc_base_dim64",
+            also: &[],
+            config: r#"{"layers": [6, 6, 24, 6], "embed_dims": [64, 128, 320, 512], "heads": [8, 8, 16, 16], "head_dim": [32, 32, 32, 32]}"#,
+            eval: Eval::IMAGENET,
+            params: Some(54_231_100),
+            gmacs: Some(11.189),
+        },
+        Variant {
+            name: "coc_base_dim96",
+            also: &[],
+            config: r#"{"layers": [4, 4, 12, 4], "embed_dims": [96, 192, 384, 768], "heads": [8, 8, 16, 16], "head_dim": [32, 32, 32, 32]}"#,
+            eval: Eval::IMAGENET,
+            params: Some(53_054_904),
+            gmacs: Some(10.883),
+        },
+        Variant {
+            name: "coc_micro",
+            also: &[],
+            config: r#"{"layers": [2, 2, 2], "embed_dims": [32, 64, 128], "mlp_ratios": [4, 4, 4], "heads": [4, 4, 8], "head_dim": [16, 16, 16],
+                "downsamples": [true, true, true], "in_patch_size": 2, "in_stride": 2, "proposal_w": [2, 2, 2], "proposal_h": [2, 2, 2],
+                "fold_w": [4, 2, 1], "fold_h": [4, 2, 1]}"#,
+            eval: Eval::SMALL,
+            params: None,
+            gmacs: None,
+        },
+    ],
+};
 
 /// `model.coc`.
 pub struct ModelCoc;
@@ -258,8 +407,9 @@ impl Operation for ModelCoc {
         run.output("logits", &logits);
         if run.backward() {
             let mut g = run.zero_grads(&p);
-            let d_image = model.backward(&p, &mut g, saved, &run.cotangent("logits", logits.shape())?)?;
-            run.grad_input("x", &d_image);
+            if let Some(d_image) = model.backward(&p, &mut g, saved, &run.cotangent("logits", logits.shape())?, true)? {
+                run.grad_input("x", &d_image);
+            }
             run.grad_params(&g);
         }
         Ok(())

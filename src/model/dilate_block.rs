@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::kernel::attention::Groups;
 use crate::nn::dilate::PositionConv;
 use crate::nn::maps::{channels_first, channels_last};
-use crate::nn::{LayerNorm, Layout, Mlp, Names, Params, Stats, mlp, normal_02};
+use crate::nn::{DropPath, LayerNorm, Layout, Mlp, Names, Params, Stats, mlp, normal_02};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
@@ -37,6 +37,8 @@ pub struct Settings {
     pub mlp_ratio: f64,
     /// A position encoding comes first.
     pub cpe: bool,
+    /// Probability that a residual branch is left out in training.
+    pub drop_path: f64,
 }
 
 impl Settings {
@@ -46,7 +48,7 @@ impl Settings {
         } else {
             MixerSettings::Global(global_settings(config)?)
         };
-        Ok(Settings { mixer, mlp_ratio: config.f64_or("mlp_ratio", 4.0)?, cpe: config.bool_or("cpe_per_block", false)? })
+        Ok(Settings { mixer, mlp_ratio: config.f64_or("mlp_ratio", 4.0)?, cpe: config.bool_or("cpe_per_block", false)?, drop_path: 0.0 })
     }
 
     fn dim(&self) -> usize {
@@ -85,15 +87,16 @@ enum MixerSaved<T: Float> {
 }
 
 impl Mixer {
-    fn forward<T: Float>(&self, p: &Params<T>, x: &Tensor<T>, residual: &Tensor<T>) -> Result<(Tensor<T>, MixerSaved<T>)> {
+    fn forward<T: Float>(&self, p: &Params<T>, x: &Tensor<T>, residual: Option<&Tensor<T>>) -> Result<(Tensor<T>, MixerSaved<T>)> {
         match self {
             Mixer::Dilated(layer) => {
-                let (y, saved) = layer.forward(p, x, Some(residual))?;
+                let (y, saved) = layer.forward(p, x, residual)?;
                 Ok((y, MixerSaved::Dilated(saved)))
             }
             Mixer::Global(layer) => {
                 let (shape, tokens) = (x.shape(), as_tokens(x)?);
-                let (y, saved) = layer.forward(p, &tokens, &all(&tokens)?, None, Some(&as_tokens(residual)?))?;
+                let residual = residual.map(as_tokens).transpose()?;
+                let (y, saved) = layer.forward(p, &tokens, &all(&tokens)?, None, residual.as_ref())?;
                 Ok((y.reshape(shape)?, MixerSaved::Global(Box::new(saved))))
             }
         }
@@ -137,6 +140,7 @@ pub struct DilateBlock {
     attn: Mixer,
     norm2: LayerNorm,
     mlp: Mlp,
+    drops: [DropPath; 2],
 }
 
 /// What [`DilateBlock::backward`] needs.
@@ -163,7 +167,8 @@ impl DilateBlock {
         };
         let norm2 = LayerNorm::new(names.at("norm2"), dim, NORM_EPS);
         let mlp = Mlp::new(names.at("mlp"), dim, hidden_width(dim, settings.mlp_ratio)?, normal_02);
-        Ok(DilateBlock { pos_embed, norm1, attn, norm2, mlp })
+        let drops = [DropPath::new(names, settings.drop_path)?, DropPath::new(names, settings.drop_path)?];
+        Ok(DilateBlock { pos_embed, norm1, attn, norm2, mlp, drops })
     }
 
     /// `[B, H, W, C]` → the same.
@@ -173,9 +178,9 @@ impl DilateBlock {
             None => (x, None),
         };
         let (normed, stats1) = self.norm1.forward(p, &x)?;
-        let (middle, attn) = self.attn.forward(p, &normed, &x)?;
+        let (middle, attn) = self.drops[0].residual(p, &x, |residual| self.attn.forward(p, &normed, residual))?;
         let (normed, stats2) = self.norm2.forward(p, &middle)?;
-        let (y, mlp) = self.mlp.forward(p, &normed, Some(&middle))?;
+        let (y, mlp) = self.drops[1].residual(p, &middle, |residual| self.mlp.forward(p, &normed, residual))?;
         Ok((y, Saved { input, x, stats1, attn, middle, stats2, mlp }))
     }
 
@@ -183,12 +188,12 @@ impl DilateBlock {
     pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: Saved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
         let Saved { input, x, stats1, attn, middle, stats2, mlp } = saved;
         let normed = self.norm2.again(p, &middle, &stats2);
-        let d_normed = self.mlp.backward(p, g, &normed, mlp, dy)?;
+        let d_normed = self.drops[1].backward(p, dy, |d| self.mlp.backward(p, g, &normed, mlp, d))?;
         drop(normed);
         let d_middle = self.norm2.backward(p, g, &middle, &stats2, &d_normed, Some(dy))?;
         drop((d_normed, middle));
         let normed = self.norm1.again(p, &x, &stats1);
-        let d_normed = self.attn.backward(p, g, &normed, attn, &d_middle)?;
+        let d_normed = self.drops[0].backward(p, &d_middle, |d| self.attn.backward(p, g, &normed, attn, d))?;
         drop(normed);
         let dx = self.norm1.backward(p, g, &x, &stats1, &d_normed, Some(&d_middle))?;
         match (&self.pos_embed, input) {

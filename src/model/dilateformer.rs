@@ -13,7 +13,11 @@
 //! `cpe_per_stage` here.
 
 use super::dilate_block::{self, DilateBlock, MixerSettings, NORM_EPS};
+use super::network::{Built, Classifier};
+use super::stack::{self, Kept};
 use super::swin_ops::{mean_tokens, mean_tokens_backward};
+use super::weights::{self, Rules};
+use super::zoo::{self, Eval, Family, Variant};
 use crate::attention::window::qk_scale;
 use crate::attention::{dilated, softmax};
 use crate::case::{Config, Draw, Operation, Run};
@@ -21,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::nn::batch_norm::Updates;
 use crate::nn::dilate::{self, DilateMerging, DilatePatchEmbed, EmbedSettings};
 use crate::nn::maps::{channels_first, channels_last};
-use crate::nn::{LayerNorm, Layout, Linear, Names, Params, Stats, normal_02};
+use crate::nn::{DropPath, LayerNorm, Layout, Linear, Names, Params, Stats, normal_02};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
@@ -65,6 +69,8 @@ pub struct Settings {
     pub cpe_per_block: bool,
     /// Classes.
     pub num_classes: usize,
+    /// Drop path of the last block; it grows linearly from 0 over all blocks.
+    pub drop_path: f64,
 }
 
 /// A list of truth values, or `default`.
@@ -114,6 +120,7 @@ impl Settings {
             cpe_per_stage: config.bool_or("cpe_per_stage", false)?,
             cpe_per_block: config.bool_or("cpe_per_block", true)?,
             num_classes: config.positive("num_classes")?,
+            drop_path: config.f64_or("drop_path_rate", 0.0)?,
         })
     }
 
@@ -125,7 +132,7 @@ impl Settings {
         } else {
             MixerSettings::Global(softmax::Settings { qkv_bias, scale, ..softmax::Settings::new(dim, num_heads) })
         };
-        dilate_block::Settings { mixer, mlp_ratio: self.mlp_ratio, cpe: self.cpe_per_block }
+        dilate_block::Settings { mixer, mlp_ratio: self.mlp_ratio, cpe: self.cpe_per_block, drop_path: 0.0 }
     }
 }
 
@@ -146,7 +153,7 @@ pub struct DilateFormer {
 }
 
 struct StageSaved<T: Float> {
-    blocks: Vec<dilate_block::Saved<T>>,
+    blocks: Vec<Kept<T, dilate_block::Saved<T>>>,
     merging: Option<dilate::MergingSaved<T>>,
 }
 
@@ -173,13 +180,19 @@ impl DilateFormer {
     pub fn new(names: &mut Names, settings: &Settings) -> Result<Self> {
         let patch_embed = DilatePatchEmbed::new(names.at("patch_embed"), &settings.embed)?;
         let (mut dim, mut stages) = (settings.embed.embed_dim, Vec::new());
+        let (mut index, depth) = (0, settings.stages.iter().map(|stage| stage.depth).sum());
         for (i, &stage) in settings.stages.iter().enumerate() {
             if dim > 1 << 24 {
                 return Err(Error::config("embed_dim", format!("expected stages narrower than 2^24, found {dim} in stage {i}")));
             }
             let mut names = names.at(format!("stages.{i}"));
-            let block = settings.block(stage, dim);
-            let blocks = (0..stage.depth).map(|j| DilateBlock::new(&mut names.at(format!("blocks.{j}")), &block)).collect::<Result<_>>()?;
+            let mut block = settings.block(stage, dim);
+            let mut blocks = Vec::with_capacity(stage.depth);
+            for j in 0..stage.depth {
+                block.drop_path = DropPath::linear(settings.drop_path, index, depth);
+                blocks.push(DilateBlock::new(&mut names.at(format!("blocks.{j}")), &block)?);
+                index += 1;
+            }
             let downsample = match stage.downsample {
                 false => None,
                 true => {
@@ -205,19 +218,17 @@ impl DilateFormer {
         }
         let (mut x, embed) = self.patch_embed.forward(p, image, training)?;
         let mut stages = Vec::with_capacity(self.stages.len());
-        for stage in &self.stages {
-            let mut saved = StageSaved { blocks: Vec::with_capacity(stage.blocks.len()), merging: None };
-            for block in &stage.blocks {
-                let (y, s) = block.forward(p, x)?;
-                saved.blocks.push(s);
-                x = y;
-            }
+        for (i, stage) in self.stages.iter().enumerate() {
+            let (y, blocks) = stack::forward(p, &stage.blocks, x, |block, _, x| block.forward(p, x))?;
+            p.show(format!("stages.{i}"), &y);
+            x = y;
+            let mut merging = None;
             if let Some(downsample) = &stage.downsample {
-                let (y, s) = downsample.forward(p, x, training)?;
-                saved.merging = Some(s);
+                let (y, saved) = downsample.forward(p, x, training)?;
+                merging = Some(saved);
                 x = y;
             }
-            stages.push(saved);
+            stages.push(StageSaved { blocks, merging });
         }
         let [batch, h, w, c] = x.dims("map [B, H, W, C]")?;
         if h * w == 0 {
@@ -225,12 +236,20 @@ impl DilateFormer {
         }
         let (normed, stats) = self.norm.forward(p, &x)?;
         let mean = mean_tokens(&normed.reshape([batch, h * w, c])?)?;
+        p.show("pooled", &mean);
         let logits = self.head.forward(p, &mean)?;
         Ok((logits, Saved { embed, stages, last: x, stats, mean }))
     }
 
-    /// The gradient of the images.
-    pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: Saved<T>, d_logits: &Tensor<T>) -> Result<Tensor<T>> {
+    /// Adds the gradients of the parameters; the gradient of the images if `want_image`.
+    pub fn backward<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        saved: Saved<T>,
+        d_logits: &Tensor<T>,
+        want_image: bool,
+    ) -> Result<Option<Tensor<T>>> {
         let Saved { embed, stages, last, stats, mean } = saved;
         let d_mean = self.head.backward(p, g, &mean, d_logits)?;
         let [_, h, w, _] = last.dims("map [B, H, W, C]")?;
@@ -241,13 +260,99 @@ impl DilateFormer {
             if let (Some(downsample), Some(merging)) = (&stage.downsample, saved.merging) {
                 d = downsample.backward(p, g, merging, &d)?;
             }
-            for (block, saved) in stage.blocks.iter().zip(saved.blocks).rev() {
-                d = block.backward(p, g, saved, &d)?;
-            }
+            let again = |block: &DilateBlock, _, x| block.forward(p, x);
+            d = stack::backward(&stage.blocks, saved.blocks, d, again, |block, _, saved, d| block.backward(p, g, saved, d))?;
         }
-        self.patch_embed.backward(p, g, embed, &d)
+        if want_image {
+            self.patch_embed.backward(p, g, embed, &d).map(Some)
+        } else {
+            self.patch_embed.backward_params(p, g, embed, &d)?;
+            Ok(None)
+        }
     }
 }
+
+impl Classifier for DilateFormer {
+    type Saved = Saved<f32>;
+
+    fn forward(&self, p: &Params<f32>, images: &Tensor<f32>) -> Result<(Vec<Tensor<f32>>, Saved<f32>)> {
+        let (logits, saved) = self.forward(p, channels_last(images)?, p.training())?;
+        Ok((vec![logits], saved))
+    }
+
+    fn updates(saved: &mut Saved<f32>) -> Updates<f32> {
+        saved.take_updates()
+    }
+
+    fn backward(&self, p: &Params<f32>, g: &mut Params<f32>, saved: Saved<f32>, d: &[Tensor<f32>]) -> Result<()> {
+        self.backward(p, g, saved, &d[0], false).map(drop)
+    }
+}
+
+/// Multiply-adds for one image: convolutions, linear maps and attention's two products.
+fn macs(config: &Config, size: usize) -> Result<f64> {
+    let settings = Settings::from_config(config)?;
+    let (model, _) = Layout::build(|names| DilateFormer::new(names, &settings))?;
+    let (mut cost, [mut h, mut w]) = model.patch_embed.cost([1, size, size], false)?;
+    let mut dim = settings.embed.embed_dim;
+    for (&stage, layers) in settings.stages.iter().zip(&model.stages) {
+        let block = settings.block(stage, dim).cost([1, h, w])?;
+        cost = (0..stage.depth).fold(cost, |cost, _| cost + block);
+        if let Some(downsample) = &layers.downsample {
+            let (merging, map) = downsample.cost([1, h, w], false)?;
+            (cost, [h, w], dim) = (cost + merging, map, 2 * dim);
+        }
+    }
+    Ok((cost.flops / 2 + dim * settings.num_classes) as f64)
+}
+
+/// The published networks.
+pub static FAMILY: Family = Family {
+    op: "model.dilateformer",
+    common: r#"{"patch_size": 4, "in_chans": 3, "hidden_dim": 16, "embed_dim": 72, "num_heads": [3, 6, 12, 24], "kernel_size": 3,
+        "dilation": [1, 2, 3], "mlp_ratio": 4.0, "qkv_bias": true, "merging_way": "conv3_2", "patch_way": "overlaping",
+        "dilate_attention": [true, true, false, false], "downsamples": [true, true, true, false],
+        "cpe_per_stage": false, "cpe_per_block": true}"#,
+    build: |config| Built::new(|names| DilateFormer::new(names, &Settings::from_config(config)?)),
+    at_size: zoo::img_size,
+    macs,
+    rules: Rules { key: weights::without_counters, resize: weights::fixed, heads: &["head"] },
+    variants: &[
+        Variant {
+            name: "dilateformer_tiny",
+            also: &[],
+            config: r#"{"depths": [2, 2, 6, 2]}"#,
+            eval: Eval::IMAGENET,
+            params: Some(17_238_744),
+            gmacs: Some(3.162),
+        },
+        Variant {
+            name: "dilateformer_small",
+            also: &[],
+            config: r#"{"depths": [3, 5, 8, 3]}"#,
+            eval: Eval::IMAGENET,
+            params: Some(24_057_504),
+            gmacs: Some(4.591),
+        },
+        Variant {
+            name: "dilateformer_base",
+            also: &[],
+            config: r#"{"depths": [4, 8, 10, 3], "embed_dim": 96}"#,
+            eval: Eval::IMAGENET,
+            params: Some(47_432_376),
+            gmacs: Some(9.924),
+        },
+        Variant {
+            name: "dilateformer_micro",
+            also: &[],
+            config: r#"{"depths": [3, 4, 1], "hidden_dim": 8, "embed_dim": 36, "num_heads": [3, 6, 12], "dilate_attention": [true, true, false],
+                "downsamples": [true, true, false], "mlp_ratio": 3.0}"#,
+            eval: Eval::SMALL,
+            params: None,
+            gmacs: None,
+        },
+    ],
+};
 
 /// `model.dilateformer`.
 pub struct ModelDilateFormer;
@@ -291,8 +396,9 @@ impl Operation for ModelDilateFormer {
         run.after_buffers(&layout, saved.take_updates());
         if run.backward() {
             let mut g = run.zero_grads(&p);
-            let d_image = model.backward(&p, &mut g, saved, &run.cotangent("logits", logits.shape())?)?;
-            run.grad_input("x", &channels_first(&d_image)?);
+            if let Some(d_image) = model.backward(&p, &mut g, saved, &run.cotangent("logits", logits.shape())?, true)? {
+                run.grad_input("x", &channels_first(&d_image)?);
+            }
             run.grad_params(&g);
         }
         Ok(())

@@ -1,5 +1,4 @@
-//! `model.hpvit`: a plain, MAE-pre-trained ViT as a pyramid (arXiv 2211.01785), and `nn.hpvit_load`, which makes its parameters of the
-//! plain network's.
+//! `model.hpvit`: a plain, MAE-pre-trained ViT as a pyramid (arXiv 2211.01785); `nn.hpvit_load` makes its parameters of the plain network's.
 //!
 //! The patch embedding keeps its 16×16 kernel but steps by 4 (padding 6), blocks run unchanged, and 2×2 poolings between stages halve the
 //! map. Sourced from the abstract: the reuse of the weights, the stride of 4, average or convolution pooling, maps from 1/4 to 1/32. Our
@@ -11,8 +10,12 @@
 //!
 //! Backward: a stage's gradient is that of its feature map plus what comes back through the pooling; `dpos_embed = Σ_batch dz`.
 
+use super::network::{Built, Classifier};
+use super::stack::{self, Kept};
 use super::swin_ops::{mean_tokens, mean_tokens_backward};
-use super::vit_block::{self, Block, BlockSettings};
+use super::vit_block::{self, Block, BlockSettings, hidden_width};
+use super::weights::{Key, Rules};
+use super::zoo::{Eval, Family, Variant};
 use crate::attention::softmax::Settings as AttentionSettings;
 use crate::attention::window::shifted_windows;
 use crate::case::{Config, Draw, Operation, Run};
@@ -22,9 +25,9 @@ use crate::kernel::resize::Axis;
 use crate::kernel::{elementwise, reduce, rows};
 use crate::nn::maps::{channels_first, channels_last};
 use crate::nn::resize::{PosEmbedResize, resize_map};
-use crate::nn::{Conv2d, ConvSettings, Init, LayerNorm, Layout, Linear, Names, Param, Params, Stats, xavier};
+use crate::nn::{Conv2d, ConvSettings, DropPath, Init, LayerNorm, Layout, Linear, Names, Param, Params, Stats, xavier};
 use crate::tensor::random::Rng;
-use crate::tensor::{Float, Tensor};
+use crate::tensor::{Float, Shape, Tensor};
 
 /// The most blocks of a network.
 const MOST_BLOCKS: usize = 1024;
@@ -60,6 +63,8 @@ pub struct Settings {
     pub conv_pool: bool,
     /// Classes.
     pub num_classes: usize,
+    /// Drop path of the last block; it grows linearly from 0 over all blocks.
+    pub drop_path: f64,
 }
 
 impl Settings {
@@ -87,6 +92,7 @@ impl Settings {
             patch_stride: config.usize_or("patch_stride", 4)?,
             conv_pool: pool == "conv",
             num_classes: config.positive("num_classes")?,
+            drop_path: config.f64_or("drop_path_rate", 0.0)?,
             depths,
             window_sizes,
         };
@@ -122,9 +128,10 @@ impl Settings {
         self.image_size.map(|side| side / self.patch_stride)
     }
 
-    fn block(&self) -> BlockSettings {
+    fn block(&self, index: usize) -> BlockSettings {
         let attention = AttentionSettings { qkv_bias: self.qkv_bias, ..AttentionSettings::new(self.embed_dim, self.num_heads) };
-        BlockSettings { attention, mlp_ratio: self.mlp_ratio, norm_eps: self.norm_eps, layer_scale: None, drop_path: 0.0, init: xavier }
+        let drop_path = DropPath::linear(self.drop_path, index, self.blocks());
+        BlockSettings { attention, mlp_ratio: self.mlp_ratio, norm_eps: self.norm_eps, layer_scale: None, drop_path, init: xavier }
     }
 
     /// Whom block `i` of stage `s` attends to on a map.
@@ -155,7 +162,8 @@ pub struct Hpvit {
 
 struct StageSaved<T: Float> {
     map: [usize; 2],
-    blocks: Vec<(vit_block::Saved<T>, Groups)>,
+    groups: Vec<Groups>,
+    blocks: Vec<Kept<T, vit_block::Saved<T>>>,
     /// What the pooling convolution read.
     pooled: Option<Tensor<T>>,
 }
@@ -183,10 +191,10 @@ impl Hpvit {
         let init = Init::XavierUniform { fan_in: proj.fan_in(), fan_out: c };
         let embed = Conv2d::new(names.at("patch_embed").at("proj"), proj, init)?;
         let [rows, cols] = s.grid();
-        let positions = names.param("pos_embed", crate::tensor::Shape::try_new(&[1, rows * cols, c])?, Init::NORMAL_02);
+        let positions = names.param("pos_embed", Shape::try_new(&[1, rows * cols, c])?, Init::NORMAL_02);
         let (mut stages, mut pools, mut index) = (Vec::new(), Vec::new(), 0);
         for (stage, &depth) in s.depths.iter().enumerate() {
-            let block = |i: usize| Block::new(&mut names.at(format!("blocks.{i}")), s.block());
+            let block = |i: usize| Block::new(&mut names.at(format!("blocks.{i}")), s.block(i));
             stages.push((index..index + depth).map(block).collect::<Result<_>>()?);
             index += depth;
             if s.conv_pool && stage + 1 < s.depths.len() {
@@ -211,16 +219,13 @@ impl Hpvit {
         rows::add_table(z.data_mut(), p.get(self.positions));
         let (mut features, mut stages, mut index) = (Vec::new(), Vec::new(), 0);
         for (stage, layers) in self.stages.iter().enumerate() {
-            let mut blocks = Vec::with_capacity(layers.len());
-            for block in layers {
-                let groups = s.groups(stage, index, map)?;
-                let (y, saved) = block.forward(p, z, &groups, None)?;
-                blocks.push((saved, groups));
-                z = y;
-                index += 1;
-            }
+            let groups = (index..index + layers.len()).map(|i| s.groups(stage, i, map)).collect::<Result<Vec<_>>>()?;
+            index += layers.len();
+            let (y, blocks) = stack::forward(p, layers, z, |block, i, x| block.forward(p, x, &groups[i], None))?;
+            z = y;
             let feature = z.reshape([batch, map[0], map[1], c])?;
-            let mut saved = StageSaved { map, blocks, pooled: None };
+            p.show(format!("stages.{stage}"), &feature);
+            let mut saved = StageSaved { map, groups, blocks, pooled: None };
             if stage + 1 < self.stages.len() {
                 let smaller = map.map(|side| side.div_ceil(2));
                 let pooled = match self.pools.get(stage) {
@@ -240,11 +245,13 @@ impl Hpvit {
         }
         let mean = mean_tokens(&z)?;
         let (normed, stats) = self.fc_norm.forward(p, &mean)?;
+        p.show("pooled", &normed);
         let logits = self.head.forward(p, &normed)?;
         Ok((logits, features, Saved { image, stages, mean, stats, normed }))
     }
 
-    /// The gradient of the image, from those of the logits and of the feature maps.
+    /// From the gradients of the logits and of the feature maps (those of the last stages, or none): adds those of the parameters;
+    /// that of the image if `want_image`.
     pub fn backward<T: Float>(
         &self,
         p: &Params<T>,
@@ -252,13 +259,14 @@ impl Hpvit {
         saved: Saved<T>,
         d_logits: &Tensor<T>,
         mut d_features: Vec<Tensor<T>>,
-    ) -> Result<Tensor<T>> {
+        want_image: bool,
+    ) -> Result<Option<Tensor<T>>> {
         let Saved { image, stages, mean, stats, normed } = saved;
         let d_normed = self.head.backward(p, g, &normed, d_logits)?;
         let d_mean = self.fc_norm.backward(p, g, &mean, &stats, &d_normed, None)?;
         let (batch, c) = (image.shape()[0], self.settings.embed_dim);
         let mut d = Tensor::zeros([batch, 0, c]);
-        for (stage, StageSaved { map, blocks, pooled }) in stages.into_iter().enumerate().rev() {
+        for (stage, StageSaved { map, groups, blocks, pooled }) in stages.into_iter().enumerate().rev() {
             let tokens = map[0] * map[1];
             d = if stage + 1 == self.stages.len() {
                 mean_tokens_backward(&d_mean, tokens)?
@@ -273,13 +281,36 @@ impl Hpvit {
             if let Some(of_feature) = d_features.pop() {
                 elementwise::add(d.data_mut(), of_feature.data());
             }
-            for (block, (saved, groups)) in self.stages[stage].iter().zip(blocks).rev() {
-                d = block.backward(p, g, saved, &groups, None, &d)?;
-            }
+            d = stack::backward(
+                &self.stages[stage],
+                blocks,
+                d,
+                |block, i, x| block.forward(p, x, &groups[i], None),
+                |block, i, saved, d| block.backward(p, g, saved, &groups[i], None, d),
+            )?;
         }
         reduce::add_column_sums(g.get_mut(self.positions), d.data());
         let [rows, cols] = self.settings.grid();
-        self.embed.backward(p, g, &image, &d.reshape([batch, rows, cols, c])?)
+        let d = d.reshape([batch, rows, cols, c])?;
+        if want_image {
+            self.embed.backward(p, g, &image, &d).map(Some)
+        } else {
+            self.embed.backward_params(g, &image, &d)?;
+            Ok(None)
+        }
+    }
+}
+
+impl Classifier for Hpvit {
+    type Saved = Saved<f32>;
+
+    fn forward(&self, p: &Params<f32>, images: &Tensor<f32>) -> Result<(Vec<Tensor<f32>>, Saved<f32>)> {
+        let (logits, _, saved) = self.forward(p, channels_last(images)?)?;
+        Ok((vec![logits], saved))
+    }
+
+    fn backward(&self, p: &Params<f32>, g: &mut Params<f32>, saved: Saved<f32>, d: &[Tensor<f32>]) -> Result<()> {
+        self.backward(p, g, saved, &d[0], Vec::new(), false).map(drop)
     }
 }
 
@@ -298,8 +329,127 @@ fn fit<T: Float>(x: &Tensor<T>, [rows, cols]: [usize; 2]) -> Result<Tensor<T>> {
     Ok(y)
 }
 
+/// Multiply-adds for one image: the embedding, linear maps, and attention's two products over padded windows.
+fn macs(config: &Config, _: usize) -> Result<f64> {
+    let s = Settings::from_config(config)?;
+    let (c, mut map) = (s.embed_dim, s.grid());
+    let mut macs = map[0] * map[1] * c * s.in_chans * s.patch_kernel.pow(2);
+    let (hidden, mut index) = (hidden_width(c, s.mlp_ratio)?, 0);
+    for (stage, &depth) in s.depths.iter().enumerate() {
+        for i in index..index + depth {
+            let n = map[0] * map[1];
+            let window = if s.global_blocks.contains(&i) { 0 } else { s.window_sizes[stage] };
+            let (padded, keys) = match window == 0 || map.iter().all(|&side| side <= window) {
+                true => (n, n),
+                false => (map.iter().map(|side| side.next_multiple_of(window)).product(), window * window),
+            };
+            macs += n * c * (4 * c + 2 * hidden) + 2 * padded * keys * c;
+        }
+        index += depth;
+        map = map.map(|side| side.div_ceil(2));
+    }
+    Ok((macs + c * s.num_classes) as f64)
+}
+
+/// Names of a plain ViT that MAE pre-trained or timm trained: the blocks are its own, class token, final norm and decoder are not
+/// wanted. What it has not (`fc_norm`, convolution pooling) must be in the file: [`hpvit_load`](super::hpvit_load) makes it.
+fn key(name: &str) -> Key {
+    match name {
+        "cls_token" | "mask_token" | "norm.weight" | "norm.bias" => Key::Drop,
+        _ if name.starts_with("decoder_") => Key::Drop,
+        _ => Key::Keep,
+    }
+}
+
+/// The table of a plain ViT, with its class token's row, or of another image size, for the grid of the configuration.
+fn resize(name: &str, table: &Tensor<f32>, wanted: Shape, config: &Config) -> Result<Option<Tensor<f32>>> {
+    if name != "pos_embed" {
+        return Ok(None);
+    }
+    let ([one, rows, c], [_, _, wanted_c]) = (table.dims::<3>("pos_embed")?, wanted.dims::<3>("pos_embed")?);
+    let side = |n: usize| Some(n.isqrt()).filter(|side| *side > 0 && side * side == n);
+    let found = side(rows).map(|old| (0, old)).or_else(|| rows.checked_sub(1).and_then(side).map(|old| (1, old)));
+    match found {
+        Some((prefix, old)) if one == 1 && c == wanted_c => {
+            PosEmbedResize::new(prefix, false, [old; 2], Settings::from_config(config)?.grid())?.forward(table).map(Some)
+        }
+        _ => Ok(None),
+    }
+}
+
+/// The construction for MAE's ViT-B and ViT-L.
+pub static FAMILY: Family = Family {
+    op: "model.hpvit",
+    common: r#"{"in_chans": 3, "mlp_ratio": 4.0, "qkv_bias": true, "norm_eps": 1e-6, "window_sizes": [14, 14, 0, 0], "global_blocks": [],
+        "patch_kernel": 16, "patch_stride": 4, "pool": "avg"}"#,
+    build: |config| Built::new(|names| Hpvit::new(names, Settings::from_config(config)?)),
+    at_size: |config, size| {
+        config.set("image_size", size);
+    },
+    macs,
+    rules: Rules { key, resize, heads: &["head"] },
+    variants: &[
+        Variant {
+            name: "hpvit_base",
+            also: &[],
+            config: r#"{"embed_dim": 768, "depths": [2, 2, 6, 2], "num_heads": 12}"#,
+            eval: Eval::IMAGENET,
+            params: Some(88_824_040),
+            gmacs: Some(69.1),
+        },
+        Variant {
+            name: "hpvit_base_conv",
+            also: &[],
+            config: r#"{"embed_dim": 768, "depths": [2, 2, 6, 2], "num_heads": 12, "pool": "conv"}"#,
+            eval: Eval::IMAGENET,
+            params: Some(88_835_560),
+            gmacs: Some(69.1),
+        },
+        Variant {
+            name: "hpvit_base_global",
+            also: &[],
+            config: r#"{"embed_dim": 768, "depths": [2, 2, 6, 2], "num_heads": 12, "window_sizes": [0, 0, 0, 0]}"#,
+            eval: Eval::IMAGENET,
+            params: Some(88_824_040),
+            gmacs: Some(98.8),
+        },
+        Variant {
+            name: "hpvit_large",
+            also: &[],
+            config: r#"{"embed_dim": 1024, "depths": [2, 2, 18, 2], "num_heads": 16}"#,
+            eval: Eval::IMAGENET,
+            params: Some(307_335_144),
+            gmacs: Some(151.3),
+        },
+        Variant {
+            name: "hpvit_large_conv",
+            also: &[],
+            config: r#"{"embed_dim": 1024, "depths": [2, 2, 18, 2], "num_heads": 16, "pool": "conv"}"#,
+            eval: Eval::IMAGENET,
+            params: Some(307_350_504),
+            gmacs: Some(151.3),
+        },
+        Variant {
+            name: "hpvit_large_global",
+            also: &[],
+            config: r#"{"embed_dim": 1024, "depths": [2, 2, 18, 2], "num_heads": 16, "window_sizes": [0, 0, 0, 0]}"#,
+            eval: Eval::IMAGENET,
+            params: Some(307_335_144),
+            gmacs: Some(191.0),
+        },
+        Variant {
+            name: "hpvit_micro",
+            also: &[],
+            config: r#"{"embed_dim": 96, "depths": [2, 2, 1], "num_heads": 4, "mlp_ratio": 3.0, "window_sizes": [4, 0, 0], "patch_kernel": 4, "patch_stride": 2}"#,
+            eval: Eval::SMALL,
+            params: None,
+            gmacs: None,
+        },
+    ],
+};
+
 /// Random small settings; the first stage has `least` blocks at least.
-fn sample_settings(rng: &mut Rng, least: usize) -> Config {
+pub(super) fn sample_settings(rng: &mut Rng, least: usize) -> Config {
     let (stages, heads, stride) = (rng.between(1, 3), rng.between(1, 2), rng.between(1, 3));
     let mut config = Config::default();
     config.set("image_size", vec![stride * rng.between(1, 5), stride * rng.between(1, 5)]).set("in_chans", rng.between(1, 3));
@@ -345,121 +495,31 @@ impl Operation for ModelHpvit {
             let mut g = run.zero_grads(&p);
             let of_feature = |(s, &shape)| channels_last(&run.cotangent(&format!("feat.{s}"), shape)?);
             let d_features = shapes.iter().enumerate().map(of_feature).collect::<Result<_>>()?;
-            let d_image = model.backward(&p, &mut g, saved, &run.cotangent("logits", logits.shape())?, d_features)?;
-            run.grad_input("x", &channels_first(&d_image)?);
+            let d_logits = run.cotangent("logits", logits.shape())?;
+            if let Some(d_image) = model.backward(&p, &mut g, saved, &d_logits, d_features, true)? {
+                run.grad_input("x", &channels_first(&d_image)?);
+            }
             run.grad_params(&g);
         }
         Ok(())
     }
 }
 
-/// What becomes of a parameter of HPViT.
-enum Source {
-    /// The plain network's, unchanged.
-    Copied,
-    /// The plain network's table for another grid.
-    Resized,
-    /// The plain network's, if it is there; else this value, or none at all.
-    IfThere(Option<f64>),
-    /// A new layer.
-    New(f64),
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-fn source(name: &str) -> Source {
-    match name {
-        "pos_embed" => Source::Resized,
-        "fc_norm.weight" => Source::IfThere(Some(1.0)),
-        "fc_norm.bias" => Source::IfThere(Some(0.0)),
-        _ if name.starts_with("head.") => Source::IfThere(None),
-        _ if name.starts_with("pools.") => Source::New(if name.ends_with("weight") { 0.25 } else { 0.0 }),
-        _ => Source::Copied,
-    }
-}
-
-/// The parameters of HPViT, by name, from those of a plain ViT. `get` returns a tensor of the checkpoint, `names` are all that it has.
-/// Class and mask tokens, decoder and final norm are left out; `head` is only taken over if it fits.
-pub fn load<T: Float>(settings: &Settings, names: &[&str], get: impl Fn(&str) -> Result<Tensor<T>>) -> Result<Vec<(String, Tensor<T>)>> {
-    let (_, layout) = Layout::build(|names| Hpvit::new(names, settings.clone()))?;
-    let known = |name: &str| layout.params().iter().any(|entry| entry.name == name);
-    if let Some(extra) = names.iter().find(|name| name.starts_with("blocks.") && !known(name)) {
-        let message = format!("expected the blocks of depths {:?} and no others", settings.depths);
-        return Err(Error::value(format!("input `{extra}`"), message));
-    }
-    let fits = |name: &str, shape| names.contains(&name) && get(name).is_ok_and(|t| t.shape() == shape);
-    let head = (layout.params().iter()).filter(|e| e.name.starts_with("head.")).all(|e| fits(&e.name, e.param.shape()));
-    let mut out = Vec::new();
-    for entry in layout.params() {
-        let (name, shape) = (entry.name.as_str(), entry.param.shape());
-        let there = names.contains(&name);
-        let tensor = match source(name) {
-            Source::New(value) => Tensor::from_fn(shape, |_| T::from_f64(value)),
-            Source::IfThere(None) if !head => continue,
-            Source::IfThere(Some(value)) if !there => Tensor::from_fn(shape, |_| T::from_f64(value)),
-            Source::Resized => {
-                let table = get(name)?;
-                let [_, tokens, width] = table.dims("input `pos_embed`")?;
-                let side = tokens.saturating_sub(1).isqrt();
-                if side == 0 || side * side + 1 != tokens || width != settings.embed_dim {
-                    let expected = format!("[1, 1 + a square number, {}]", settings.embed_dim);
-                    return Err(Error::shape("input `pos_embed`", expected, table.shape()));
-                }
-                PosEmbedResize::new(1, false, [side; 2], settings.grid())?.forward(&table)?
-            }
-            Source::Copied | Source::IfThere(_) => {
-                let tensor = get(name)?;
-                tensor.expect_shape(&format!("input `{name}`"), shape)?;
-                tensor
-            }
+    /// The table of a plain ViT loses its class token's row and is spread over the finer grid; a table of this network is resized as it is.
+    #[test]
+    fn positions_of_a_plain_vit() {
+        let mut config = Config::parse(FAMILY.common).unwrap();
+        config.set("depths", vec![1; 4]).set("embed_dim", 1).set("num_heads", 1).set("num_classes", 2).set("image_size", 16);
+        let resized = |name: &str, rows: usize| {
+            resize(name, &Tensor::from_fn([1, rows, 1], |i| if i == 0 { 9.0 } else { 1.0 }), [1, 16, 1].into(), &config).unwrap()
         };
-        out.push((entry.name.clone(), tensor));
-    }
-    Ok(out)
-}
-
-/// `nn.hpvit_load`.
-pub struct HpvitLoad;
-
-impl Operation for HpvitLoad {
-    const NAME: &'static str = "nn.hpvit_load";
-    const PAPER: &'static str = "2211.01785 HPViT";
-    // A rule for names and shapes, not a layer: it has no gradients.
-
-    fn sample(rng: &mut Rng) -> Config {
-        // A tensor that is needed comes first: those that are left out may have any shape.
-        sample_settings(rng, 1)
-    }
-
-    fn inputs(config: &Config, draw: &mut Draw) -> Result<()> {
-        let settings = Settings::from_config(config)?;
-        let (_, layout) = Layout::build(|names| Hpvit::new(names, settings))?;
-        let dim = config.positive("embed_dim")?;
-        let [norm, classes] = [draw.rng.chance(0.5), draw.rng.chance(0.5)];
-        for entry in layout.params() {
-            match source(&entry.name) {
-                Source::Resized => {
-                    let side = draw.rng.between(1, 4);
-                    draw.normal("pos_embed", [1, 1 + side * side, dim]);
-                }
-                Source::IfThere(Some(_)) if !norm => {}
-                Source::IfThere(None) if !classes => {}
-                Source::New(_) => {}
-                _ => draw.normal(&entry.name, entry.param.shape()),
-            }
-        }
-        for name in ["cls_token", "mask_token"] {
-            draw.normal(name, [1, 1, dim]);
-        }
-        draw.normal("norm.weight", [dim]);
-        draw.normal("decoder_pred.bias", [dim + 1]);
-        Ok(())
-    }
-
-    fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
-        let settings = Settings::from_config(run.config())?;
-        let names = run.input_names();
-        for (name, tensor) in load(&settings, &names, |name| run.input(name))? {
-            run.output(&name, &tensor);
-        }
-        Ok(())
+        assert_eq!(resized("pos_embed", 5).unwrap().data(), [1.0; 16]);
+        let own = resized("pos_embed", 4).unwrap();
+        assert!(own.data()[0] > 5.0 && *own.shape() == [1, 16, 1]);
+        assert!(resized("pos_embed", 7).is_none() && resized("head.bias", 4).is_none());
     }
 }

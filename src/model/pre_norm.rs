@@ -107,6 +107,7 @@ impl MeanHead {
         let [_, tokens, _] = x.dims("tokens")?;
         let pooled = mean_tokens(x)?;
         let (normed, stats) = self.norm.forward(p, &pooled)?;
+        p.show("pooled", &normed);
         let y = self.head.as_ref().map_or(Ok(normed.clone()), |head| head.forward(p, &normed))?;
         Ok((y, MeanSaved { tokens, pooled, stats }))
     }

@@ -2,8 +2,14 @@
 //!
 //! Names are torchvision's and timm's: `conv1`, `bn1`, `layer{1…}.{j}.*`, `fc`.
 
+use std::ops::Range;
+
+use super::network::{Built, Classifier};
 use super::resnet_block::{self, Block, BlockSettings, ConvNorm, Kind};
+use super::stack::{self, Kept};
 use super::swin_ops::{mean_tokens, mean_tokens_backward};
+use super::weights::{self, Key, Rules};
+use super::zoo::{Eval, Family, Variant};
 use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::{Error, Result};
 use crate::kernel::elementwise;
@@ -11,9 +17,9 @@ use crate::kernel::pool::Window;
 use crate::nn::batch_norm::{self, Updates};
 use crate::nn::maps::{channels_first, channels_last};
 use crate::nn::pool::{max_pool, max_pool_backward};
-use crate::nn::{ConvSettings, Init, Layout, Linear, Names, Params};
+use crate::nn::{ConvSettings, DropPath, Init, Layout, Linear, Names, Params};
 use crate::tensor::random::Rng;
-use crate::tensor::{Float, Tensor};
+use crate::tensor::{Float, Shape, Tensor};
 
 /// The pool after the stem.
 const POOL: Window = Window { kernel: 3, stride: 2, padding: 1 };
@@ -39,6 +45,8 @@ pub struct TrunkSettings {
     pub expansion: usize,
     /// ε and momentum of all norms.
     pub norm: [f64; 2],
+    /// Drop path of the last block; it grows linearly from 0 over all blocks.
+    pub drop_path: f64,
 }
 
 /// Stem, pool and stages.
@@ -46,31 +54,31 @@ pub struct TrunkSettings {
 pub struct Trunk {
     stem: ConvNorm,
     blocks: Vec<Block>,
-    /// The first block of each stage.
-    starts: Vec<usize>,
+    /// The blocks of each stage.
+    stages: Vec<Range<usize>>,
     outputs: usize,
 }
 
 /// What the backward pass needs.
 pub struct Saved<T: Float> {
     image: Tensor<T>,
+    training: bool,
     stem: (Tensor<T>, batch_norm::Saved<T>),
-    blocks: Vec<resnet_block::Saved<T>>,
+    stages: Vec<Vec<Kept<T, resnet_block::Saved<T>>>>,
+    updates: Updates<T>,
 }
 
 impl<T: Float> Saved<T> {
     /// Takes the running statistics after the call.
     pub fn take_updates(&mut self) -> Updates<T> {
-        let mut updates = self.stem.1.take_updates();
-        updates.extend(self.blocks.iter_mut().flat_map(resnet_block::Saved::take_updates));
-        updates
+        std::mem::take(&mut self.updates)
     }
 }
 
 impl Trunk {
     /// Registers `conv1`, `bn1`, `layer1.0.*`, ….
     pub fn new(names: &mut Names, settings: &TrunkSettings) -> Result<Self> {
-        let TrunkSettings { kind, chans, stem, layers, widths, strides, expansion, norm } = settings;
+        let TrunkSettings { kind, chans, stem, layers, widths, strides, expansion, norm, drop_path } = settings;
         if layers.is_empty()
             || layers.iter().any(|&n| n == 0 || n > MOST_BLOCKS)
             || widths.len() < layers.len()
@@ -81,18 +89,20 @@ impl Trunk {
         }
         let conv = ConvSettings { stride: [2; 2], padding: [3; 2], ..ConvSettings::new(*chans, *stem, 7) };
         let stem_layer = ConvNorm::new(names, ["conv1", "bn1"], conv, *norm)?;
-        let (mut blocks, mut starts, mut inputs) = (Vec::new(), Vec::new(), *stem);
+        let (mut blocks, mut stages, mut inputs) = (Vec::new(), Vec::new(), *stem);
+        let depth = layers.iter().sum();
         for (stage, &count) in layers.iter().enumerate() {
-            starts.push(blocks.len());
+            stages.push(blocks.len()..blocks.len() + count);
             for j in 0..count {
                 let stride = if j == 0 { strides[stage] } else { 1 };
                 let outputs = widths[stage];
-                let settings = BlockSettings { kind: *kind, inputs, outputs, expansion: *expansion, stride, norm: *norm };
+                let drop_path = DropPath::linear(*drop_path, blocks.len(), depth);
+                let settings = BlockSettings { kind: *kind, inputs, outputs, expansion: *expansion, stride, norm: *norm, drop_path };
                 blocks.push(Block::new(&mut names.at(format!("layer{}.{j}", stage + 1)), settings)?);
                 inputs = outputs;
             }
         }
-        Ok(Trunk { stem: stem_layer, blocks, starts, outputs: inputs })
+        Ok(Trunk { stem: stem_layer, blocks, stages, outputs: inputs })
     }
 
     /// Channels out.
@@ -131,19 +141,23 @@ impl Trunk {
     ) -> Result<(Tensor<T>, Saved<T>)> {
         let image = channels_last(image)?;
         let z = self.stem.conv.forward(p, &image)?;
-        let (a, norm) = self.stem.norm.forward_relu(p, &z, training)?;
+        let (a, mut norm) = self.stem.norm.forward_relu(p, &z, training)?;
         let mut x = max_pool(&a, POOL)?;
         drop(a);
-        let mut blocks = Vec::with_capacity(self.blocks.len());
-        for (i, block) in self.blocks.iter().enumerate() {
-            if let Ok(stage) = self.starts.binary_search(&i) {
-                x = paint(stage, x)?;
-            }
-            let (y, saved) = block.forward(p, x, training)?;
-            blocks.push(saved);
+        let mut updates = norm.take_updates();
+        let mut stages = Vec::with_capacity(self.stages.len());
+        for (i, blocks) in self.stages.iter().enumerate() {
+            x = paint(i, x)?;
+            let (y, kept) = stack::forward(p, &self.blocks[blocks.clone()], x, |block, _, x| {
+                let (y, mut saved) = block.forward(p, x, training)?;
+                updates.extend(saved.take_updates());
+                Ok((y, saved))
+            })?;
+            p.show(format!("stages.{i}"), &y);
+            stages.push(kept);
             x = y;
         }
-        Ok((x, Saved { image, stem: (z, norm), blocks }))
+        Ok((x, Saved { image, training, stem: (z, norm), stages, updates }))
     }
 
     /// All gradients; returns that of the image, `[B, C, H, W]`.
@@ -158,21 +172,39 @@ impl Trunk {
         g: &mut Params<T>,
         saved: Saved<T>,
         dy: Tensor<T>,
-        mut paint_backward: impl FnMut(&mut Params<T>, usize, Tensor<T>) -> Result<Tensor<T>>,
+        paint_backward: impl FnMut(&mut Params<T>, usize, Tensor<T>) -> Result<Tensor<T>>,
     ) -> Result<Tensor<T>> {
-        let Saved { image, stem: (z, norm), blocks } = saved;
+        let (image, dz) = self.backward_to_stem(p, g, saved, dy, paint_backward)?;
+        channels_first(&self.stem.conv.backward(p, g, &image, &dz)?)
+    }
+
+    /// [`backward`](Self::backward) without the gradient of the image.
+    pub fn backward_params<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: Saved<T>, dy: Tensor<T>) -> Result<()> {
+        let (image, dz) = self.backward_to_stem(p, g, saved, dy, |_, _, d| Ok(d))?;
+        self.stem.conv.backward_params(g, &image, &dz)
+    }
+
+    /// The stem's input and the gradient of its convolution's output.
+    fn backward_to_stem<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        saved: Saved<T>,
+        dy: Tensor<T>,
+        mut paint_backward: impl FnMut(&mut Params<T>, usize, Tensor<T>) -> Result<Tensor<T>>,
+    ) -> Result<(Tensor<T>, Tensor<T>)> {
+        let Saved { image, training, stem: (z, norm), stages, .. } = saved;
         let mut dx = dy;
-        for (i, (block, saved)) in self.blocks.iter().zip(blocks).enumerate().rev() {
-            dx = block.backward(p, g, saved, dx)?;
-            if let Ok(stage) = self.starts.binary_search(&i) {
-                dx = paint_backward(g, stage, dx)?;
-            }
+        for ((i, blocks), kept) in self.stages.iter().enumerate().zip(stages).rev() {
+            let again = |block: &Block, _, x| block.forward(p, x, training);
+            let back = |block: &Block, _, saved, d: &Tensor<T>| block.backward(p, g, saved, d.clone());
+            dx = stack::backward(&self.blocks[blocks.clone()], kept, dx, again, back)?;
+            dx = paint_backward(g, i, dx)?;
         }
         let a = self.stem.norm.again(p, &z, &norm, true);
         let mut da = max_pool_backward(&a, POOL, &dx)?;
         elementwise::relu_backward(da.data_mut(), a.data(), T::ONE);
-        let dz = self.stem.norm.backward(p, g, &z, &norm, &da)?;
-        channels_first(&self.stem.conv.backward(p, g, &image, &dz)?)
+        Ok((image, self.stem.norm.backward(p, g, &z, &norm, &da)?))
     }
 }
 
@@ -192,6 +224,7 @@ impl MeanHead {
     pub fn forward<T: Float>(&self, p: &Params<T>, x: &Tensor<T>) -> Result<(Tensor<T>, Tensor<T>)> {
         let (b, c) = (x.shape()[0], x.shape()[x.shape().len() - 1]);
         let pooled = mean_tokens(&x.reshape([b, x.shape()[1..x.shape().len() - 1].iter().product(), c])?)?;
+        p.show("pooled", &pooled);
         Ok((self.fc.forward(p, &pooled)?, pooled))
     }
 
@@ -201,7 +234,7 @@ impl MeanHead {
         p: &Params<T>,
         g: &mut Params<T>,
         pooled: &Tensor<T>,
-        shape: crate::tensor::Shape,
+        shape: Shape,
         dy: &Tensor<T>,
     ) -> Result<Tensor<T>> {
         let d_pooled = self.fc.backward(p, g, pooled, dy)?;
@@ -251,8 +284,114 @@ pub fn settings(config: &Config) -> Result<TrunkSettings> {
         strides: list("strides", [1, 2, 2, 2])?,
         expansion,
         norm: [config.f64_or("bn_eps", 1e-5)?, config.f64_or("bn_momentum", 0.1)?],
+        drop_path: config.f64_or("drop_path_rate", 0.0)?,
     })
 }
+
+impl Classifier for ResNet {
+    type Saved = (Saved<f32>, Shape, Option<Tensor<f32>>);
+
+    fn forward(&self, p: &Params<f32>, images: &Tensor<f32>) -> Result<(Vec<Tensor<f32>>, Self::Saved)> {
+        let (map, saved) = self.trunk.forward(p, images, p.training())?;
+        let Some(head) = &self.head else { return Err(Error::config("num_classes", "expected at least one class, found 0")) };
+        let (logits, pooled) = head.forward(p, &map)?;
+        Ok((vec![logits], (saved, map.shape(), Some(pooled))))
+    }
+
+    fn updates(saved: &mut Self::Saved) -> Updates<f32> {
+        saved.0.take_updates()
+    }
+
+    fn backward(&self, p: &Params<f32>, g: &mut Params<f32>, saved: Self::Saved, d: &[Tensor<f32>]) -> Result<()> {
+        let (Some(head), (saved, shape, Some(pooled))) = (&self.head, saved) else { return Ok(()) };
+        let d_map = head.backward(p, g, &pooled, shape, &d[0])?;
+        self.trunk.backward_params(p, g, saved, d_map)
+    }
+}
+
+/// Names of timm and torchvision; openmmlab's have a prefix, and weights pre-trained by A²MIM bring its mask.
+fn key(name: &str) -> Key {
+    let plain = name.strip_prefix("backbone.").unwrap_or(name);
+    let plain = if name.starts_with("head.fc.") { &name["head.".len()..] } else { plain };
+    match plain {
+        "mask_token" | "mask_gamma" => Key::Drop,
+        _ if plain.ends_with(".num_batches_tracked") => Key::Drop,
+        _ if plain.len() < name.len() => Key::Rename(plain.into()),
+        _ => Key::Keep,
+    }
+}
+
+/// ResNet v1.5.
+pub static FAMILY: Family = Family {
+    op: "model.resnet",
+    common: r#"{"block": "bottleneck", "stem_channels": 64, "base_channels": 64, "strides": [1, 2, 2, 2], "in_chans": 3}"#,
+    build: |config| Built::new(|names| ResNet::new(names, config)),
+    at_size: |_, _| (),
+    macs: |config, size| {
+        let (model, _) = Layout::build(|names| ResNet::new(names, config))?;
+        let cost = model.trunk.cost([1, size, size], false)?.0;
+        Ok((cost.flops / 2 + model.trunk.outputs() * config.usize("num_classes")?) as f64)
+    },
+    rules: Rules { key, resize: weights::fixed, heads: &["fc"] },
+    variants: &[
+        Variant {
+            name: "resnet18",
+            also: &[],
+            config: r#"{"block": "basic", "layers": [2, 2, 2, 2]}"#,
+            eval: Eval::IMAGENET.crop(0.95),
+            params: Some(11_689_512),
+            gmacs: Some(1.814),
+        },
+        Variant {
+            name: "resnet34",
+            also: &[],
+            config: r#"{"block": "basic", "layers": [3, 4, 6, 3]}"#,
+            eval: Eval::IMAGENET.crop(0.95),
+            params: Some(21_797_672),
+            gmacs: Some(3.664),
+        },
+        Variant {
+            name: "resnet50",
+            also: &[],
+            config: r#"{"layers": [3, 4, 6, 3]}"#,
+            eval: Eval::IMAGENET.crop(0.95),
+            params: Some(25_557_032),
+            gmacs: Some(4.089),
+        },
+        Variant {
+            name: "resnet101",
+            also: &[],
+            config: r#"{"layers": [3, 4, 23, 3]}"#,
+            eval: Eval::IMAGENET.crop(0.95),
+            params: Some(44_549_160),
+            gmacs: Some(7.801),
+        },
+        Variant {
+            name: "resnet152",
+            also: &[],
+            config: r#"{"layers": [3, 8, 36, 3]}"#,
+            eval: Eval::IMAGENET.crop(0.95),
+            params: Some(60_192_808),
+            gmacs: Some(11.514),
+        },
+        Variant {
+            name: "resnet200",
+            also: &[],
+            config: r#"{"layers": [3, 24, 36, 3]}"#,
+            eval: Eval::IMAGENET.crop(0.875),
+            params: Some(64_673_832),
+            gmacs: Some(15.01),
+        },
+        Variant {
+            name: "resnet_micro",
+            also: &[],
+            config: r#"{"block": "basic", "layers": [2, 2, 2], "stem_channels": 32, "base_channels": 32}"#,
+            eval: Eval::SMALL,
+            params: None,
+            gmacs: None,
+        },
+    ],
+};
 
 /// Random sides of a map: in training, at least six values per channel after `shrink`, below which gradients cancel.
 pub fn sample_sides(rng: &mut Rng, training: bool, shrink: usize, batch: usize) -> [usize; 2] {
@@ -333,5 +472,26 @@ impl Operation for ModelResNet {
         )?;
         run.after_buffers(&layout, updates);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Names of openmmlab and of A²MIM's checkpoints become torchvision's; what is no weight of the network is dropped.
+    #[test]
+    fn other_names() {
+        let renamed = |name| match key(name) {
+            Key::Keep => Some(name.to_string()),
+            Key::Rename(to) => Some(to),
+            _ => None,
+        };
+        assert_eq!(renamed("layer1.0.conv1.weight").as_deref(), Some("layer1.0.conv1.weight"));
+        assert_eq!(renamed("backbone.layer1.0.conv1.weight").as_deref(), Some("layer1.0.conv1.weight"));
+        assert_eq!(renamed("head.fc.bias").as_deref(), Some("fc.bias"));
+        for dropped in ["bn1.num_batches_tracked", "backbone.bn1.num_batches_tracked", "backbone.mask_token", "mask_gamma"] {
+            assert_eq!(renamed(dropped), None, "{dropped}");
+        }
     }
 }

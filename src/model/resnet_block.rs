@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::kernel::elementwise;
 use crate::nn::batch_norm::{self, Updates};
 use crate::nn::maps::{channels_first, channels_last};
-use crate::nn::{BatchNorm2d, Conv2d, ConvSettings, Layout, Names, Params};
+use crate::nn::{BatchNorm2d, Conv2d, ConvSettings, DropPath, Layout, Names, Params};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
@@ -60,6 +60,8 @@ pub struct BlockSettings {
     pub stride: usize,
     /// ε and momentum of all norms.
     pub norm: [f64; 2],
+    /// Probability that the branch is left out in training.
+    pub drop_path: f64,
 }
 
 /// A convolution without bias and its norm.
@@ -91,6 +93,7 @@ pub struct Block {
     branch: Vec<ConvNorm>,
     shortcut: Option<ConvNorm>,
     outputs: usize,
+    drop: DropPath,
 }
 
 /// What goes into a norm, and its statistics.
@@ -114,7 +117,7 @@ impl<T: Float> Saved<T> {
 impl Block {
     /// Registers `conv1`, `bn1`, …, `downsample.0`, `downsample.1`.
     pub fn new(names: &mut Names, settings: BlockSettings) -> Result<Self> {
-        let BlockSettings { kind, inputs, outputs, expansion, stride, norm } = settings;
+        let BlockSettings { kind, inputs, outputs, expansion, stride, norm, drop_path } = settings;
         if stride == 0 {
             return Err(Error::config("stride", "expected a positive integer, found 0"));
         }
@@ -137,7 +140,7 @@ impl Block {
         let shortcut = (stride != 1 || inputs != outputs)
             .then(|| ConvNorm::new(names, ["downsample.0", "downsample.1"], conv(inputs, outputs, 1, stride), norm))
             .transpose()?;
-        Ok(Block { branch, shortcut, outputs })
+        Ok(Block { branch, shortcut, outputs, drop: DropPath::new(names, drop_path)? })
     }
 
     /// Channels out.
@@ -170,7 +173,7 @@ impl Block {
             branch.push((z, norm));
             at = next;
         }
-        let mut y = at;
+        let mut y = self.drop.apply(p, at);
         let shortcut = match &self.shortcut {
             None => {
                 elementwise::add_relu(y.data_mut(), x.data(), T::ONE);
@@ -192,7 +195,7 @@ impl Block {
         dy.expect_shape("gradient of a residual block", y.shape())?;
         elementwise::relu_backward(dy.data_mut(), y.data(), T::ONE);
         drop(y);
-        let mut at = dy.clone();
+        let mut at = self.drop.apply(p, dy.clone());
         for (i, part) in self.branch.iter().enumerate().rev() {
             let Some((z, norm)) = branch.pop() else { break };
             let dz = part.norm.backward(p, g, &z, &norm, &at)?;
@@ -227,6 +230,7 @@ fn settings(config: &Config, kind: Kind) -> Result<BlockSettings> {
         expansion: if config.get("expansion").is_none() { kind.expansion() } else { config.positive("expansion")? },
         stride: config.usize_or("stride", 1)?,
         norm: [1e-5, 0.1],
+        drop_path: 0.0,
     })
 }
 

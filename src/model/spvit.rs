@@ -1,213 +1,24 @@
-//! `model.spvit`: a DeiT whose layers are attention, convolutions or nothing, searched or finished (SPViT, arXiv 2111.11802), and the block
-//! that it shares with [`spvit_swin`](super::spvit_swin): `x ← x + attn(norm1 x)`, `x ← x + mlp(norm2 x)`.
+//! `model.spvit`: a DeiT whose layers are attention, convolutions or nothing, searched or finished (SPViT, arXiv 2111.11802).
 //!
-//! A finished "skip" layer returns its input, so that the block adds `norm1 x`, as released; so does a convolution for the class token.
 //! A search also gives its expected FLOPs and their loss, which is part of the objective.
 
-use crate::attention::single_path::{self, Mode, Place, Settings, SinglePath};
+use super::spvit_block::{Arrangement, Block, BlockSaved, Noise, Search, SearchLoss, finished_macs, key, sample_layer};
+use crate::attention::single_path::{Mode, Settings};
 use crate::case::{Config, Draw, Operation, Run};
 use crate::error::{Error, Result};
-use crate::kernel::attention::{Groups, Mask};
+use crate::kernel::attention::Groups;
 use crate::kernel::{elementwise, reduce, rows};
+use crate::model::network::{Built, Classifier};
+use crate::model::stack::{self, Kept};
+use crate::model::vit::{resize_pos_embed, token_row};
 use crate::model::vit_block::hidden_width;
+use crate::model::weights::Rules;
+use crate::model::zoo::{Eval, Family, Variant};
 use crate::nn::batch_norm::Updates;
 use crate::nn::spvit_gate::{FlopsLoss, Gates, noise};
-use crate::nn::spvit_mlp::{self, SpvitMlp};
-use crate::nn::{Init, LayerNorm, Layout, Linear, Names, Param, Params, PatchEmbed, Stats, normal_02, patch_embed};
+use crate::nn::{DropPath, Init, LayerNorm, Layout, Linear, Names, Param, Params, PatchEmbed, Stats, normal_02, patch_embed};
 use crate::tensor::random::Rng;
-use crate::tensor::{Float, Shape, Tensor};
-
-/// A pre-norm block: `norm1`, `attn`, `norm2`, `mlp`.
-pub struct Block {
-    norm1: LayerNorm,
-    attn: SinglePath,
-    norm2: LayerNorm,
-    mlp: SpvitMlp,
-}
-
-/// How a block's tokens reach its layer.
-pub struct Arrangement<T: Float> {
-    /// The order in which an image's tokens are handed to the layer; as they are if there is none.
-    pub index: Option<Vec<u32>>,
-    /// See [`Place::attend`].
-    pub attend: [usize; 2],
-    /// Who attends to whom.
-    pub groups: Groups,
-    /// Additive logits `[count, side, side]`.
-    pub mask: Option<Tensor<T>>,
-    /// See [`Place::map`].
-    pub map: [usize; 3],
-}
-
-impl<T: Float> Arrangement<T> {
-    fn place(&self) -> Result<Place<'_, T>> {
-        let mask = match &self.mask {
-            None => None,
-            Some(mask) => {
-                let [count, side, _] = mask.dims("shift mask")?;
-                Some(Mask { data: mask.data(), count, side })
-            }
-        };
-        Ok(Place { attend: self.attend, groups: &self.groups, mask, map: self.map })
-    }
-
-    fn arrange(&self, x: &Tensor<T>) -> Result<Tensor<T>> {
-        let Some(index) = &self.index else { return Ok(x.clone()) };
-        let [batch, _, c] = x.dims("tokens")?;
-        let mut y = Tensor::scratch(x.shape());
-        rows::gather_batch(y.data_mut(), x.data(), index, batch, c);
-        Ok(y)
-    }
-
-    fn arrange_back(&self, x: Tensor<T>) -> Result<Tensor<T>> {
-        let Some(index) = &self.index else { return Ok(x) };
-        let [batch, _, c] = x.dims("tokens")?;
-        let mut y = Tensor::scratch(x.shape());
-        rows::scatter_batch(y.data_mut(), x.data(), index, batch, c);
-        Ok(y)
-    }
-}
-
-/// What [`Block::backward`] needs.
-pub struct BlockSaved<T: Float> {
-    x: Tensor<T>,
-    stats1: Stats<T>,
-    attn: single_path::Saved<T>,
-    middle: Tensor<T>,
-    stats2: Stats<T>,
-    mlp: spvit_mlp::Saved<T>,
-}
-
-impl<T: Float> BlockSaved<T> {
-    /// The gates of a search, of the attention and of the MLP.
-    pub fn gates(&self) -> Option<(Gates, Gates)> {
-        self.attn.gates().cloned().zip(self.mlp.gates().cloned())
-    }
-
-    /// Takes the running statistics after the call.
-    pub fn take_updates(&mut self) -> Updates<T> {
-        self.attn.take_updates()
-    }
-}
-
-/// The noise of a block in a search: of the kernel gates and of the hidden units.
-pub type Noise<'a, T> = [Option<&'a [T]>; 2];
-
-impl Block {
-    /// Registers the parameters.
-    pub fn new(names: &mut Names, settings: Settings, hidden: usize, norm_eps: f64) -> Result<Self> {
-        let dim = settings.dim;
-        let norm1 = LayerNorm::new(names.at("norm1"), dim, norm_eps);
-        let attn = SinglePath::new(&mut names.at("attn"), settings)?;
-        let norm2 = LayerNorm::new(names.at("norm2"), dim, norm_eps);
-        Ok(Block { norm1, attn, norm2, mlp: SpvitMlp::new(&mut names.at("mlp"), dim, hidden, settings.mode == Mode::Search) })
-    }
-
-    /// The block's output.
-    pub fn forward<T: Float>(
-        &self,
-        p: &Params<T>,
-        x: &Tensor<T>,
-        arrangement: &Arrangement<T>,
-        training: bool,
-        [u_kernel, u_ffn]: Noise<T>,
-    ) -> Result<(Tensor<T>, BlockSaved<T>)> {
-        let (normed, stats1) = self.norm1.forward(p, x)?;
-        let (y, attn) = self.attn.forward(p, &arrangement.arrange(&normed)?, &arrangement.place()?, training, u_kernel)?;
-        let mut middle = arrangement.arrange_back(y)?;
-        elementwise::add(middle.data_mut(), x.data());
-        let (normed, stats2) = self.norm2.forward(p, &middle)?;
-        let (y, mlp) = self.mlp.forward(p, &normed, u_ffn, Some(&middle))?;
-        Ok((y, BlockSaved { x: x.clone(), stats1, attn, middle, stats2, mlp }))
-    }
-
-    /// `dx`, given what [`forward`](Self::forward) got; `d_expected` are the gradients of the expected gates.
-    pub fn backward<T: Float>(
-        &self,
-        p: &Params<T>,
-        g: &mut Params<T>,
-        saved: BlockSaved<T>,
-        arrangement: &Arrangement<T>,
-        dy: &Tensor<T>,
-        d_expected: Option<&([T; 3], Vec<T>)>,
-    ) -> Result<Tensor<T>> {
-        let BlockSaved { x, stats1, attn, middle, stats2, mlp } = saved;
-        let normed = self.norm2.again(p, &middle, &stats2);
-        let d_normed = self.mlp.backward(p, g, &normed, mlp, dy, d_expected.map(|(_, units)| &units[..]))?;
-        let d_middle = self.norm2.backward(p, g, &middle, &stats2, &d_normed, Some(dy))?;
-        drop((normed, d_normed, middle));
-        let normed = arrangement.arrange(&self.norm1.again(p, &x, &stats1))?;
-        let (place, d) = (arrangement.place()?, arrangement.arrange(&d_middle)?);
-        let d_normed = self.attn.backward(p, g, &normed, attn, &place, &d, d_expected.map(|(kernel, _)| &kernel[..]))?;
-        self.norm1.backward(p, g, &x, &stats1, &arrangement.arrange_back(d_normed)?, Some(&d_middle))
-    }
-}
-
-/// What a SPViT does as a whole: the keys that DeiT and Swin share.
-pub struct Search {
-    /// Gates decide; else the network is finished.
-    pub search: bool,
-    /// Batch norms take their own statistics, gates are sampled.
-    pub training: bool,
-    /// Finished convolutions have their own weights.
-    pub own_conv: bool,
-    /// Temperature of the mixture of heads.
-    pub alpha: f64,
-    /// ε of the layer norms.
-    pub norm_eps: f64,
-}
-
-impl Search {
-    /// From a configuration.
-    pub fn from_config(config: &Config, alpha: f64, norm_eps: f64) -> Result<Self> {
-        Ok(Search {
-            search: config.choice("mode", &["search", "finetune"])? == "search",
-            training: config.bool_or("training", false)?,
-            own_conv: config.bool_or("param_opt", false)?,
-            alpha: config.f64_or("alpha", alpha)?,
-            norm_eps: config.f64_or("norm_eps", norm_eps)?,
-        })
-    }
-
-    /// The mode of a layer from its indicators.
-    pub fn mode(&self, indicators: Option<&serde_json::Value>) -> Result<Mode> {
-        if self.search {
-            return Ok(Mode::Search);
-        }
-        let bit = |value: &serde_json::Value| value.as_f64().filter(|x| *x == 0.0 || *x == 1.0).map(|x| x as usize);
-        let bits: Option<Vec<usize>> = indicators.and_then(serde_json::Value::as_array).and_then(|list| list.iter().map(bit).collect());
-        let mode = bits.and_then(|bits| <[usize; 3]>::try_from(bits).ok()).and_then(Mode::indicated);
-        mode.ok_or_else(|| {
-            let found = indicators.map_or("nothing".into(), serde_json::Value::to_string);
-            Error::config("msa_indicators", format!("expected [0,0,0], [1,0,0], [1,1,0] or [1,1,1] for every layer, found {found}"))
-        })
-    }
-}
-
-/// The expected FLOPs and their loss, as outputs, and their gradients in the backward pass.
-pub struct SearchLoss {
-    loss: FlopsLoss,
-    gates: Vec<(Gates, Gates)>,
-    hidden: Vec<usize>,
-}
-
-impl SearchLoss {
-    /// Hands in `flops_loss` and `flops` of the gates that a forward pass used.
-    pub fn output<T: Float>(run: &mut Run<T>, loss: FlopsLoss, blocks: &[BlockSaved<T>], hidden: Vec<usize>) -> Self {
-        let gates: Vec<_> = blocks.iter().filter_map(BlockSaved::gates).collect();
-        let value = loss.value(&gates);
-        run.output("flops_loss", &Tensor::scalar(T::from_f64(value.loss)));
-        run.output("flops", &Tensor::scalar(T::from_f64(value.flops)));
-        SearchLoss { loss, gates, hidden }
-    }
-
-    /// The gradients of every block's expected gates.
-    pub fn backward<T: Float>(&self, run: &Run<T>) -> Result<Vec<([T; 3], Vec<T>)>> {
-        let d_loss = run.cotangent("flops_loss", Shape::from([]))?;
-        let grads = self.loss.backward(self.loss.value(&self.gates), d_loss.data()[0]);
-        Ok(grads.into_iter().zip(&self.hidden).map(|((kernel, unit), &hidden)| (kernel, vec![unit; hidden])).collect())
-    }
-}
+use crate::tensor::{Float, Tensor};
 
 /// The keys of `model.spvit`.
 struct ModelSettings {
@@ -269,7 +80,9 @@ struct Spvit {
 
 struct Saved<T: Float> {
     embed: patch_embed::Saved<T>,
-    blocks: Vec<BlockSaved<T>>,
+    blocks: Vec<Kept<T, BlockSaved<T>>>,
+    updates: Updates<T>,
+    gates: Vec<(Gates, Gates)>,
     first: Tensor<T>,
     stats: Stats<T>,
     normed: Tensor<T>,
@@ -281,8 +94,9 @@ impl Spvit {
         let embed =
             PatchEmbed::new(names.at("patch_embed"), [settings.image; 2], settings.patch, settings.chans, dim, None, Init::NORMAL_02)?;
         let [h, w] = embed.grid();
+        let drop_path = |i| DropPath::linear(settings.search.drop_path, i, settings.modes.len());
         let blocks = (settings.modes.iter().zip(&settings.hidden).enumerate())
-            .map(|(i, (&mode, &hidden))| Block::new(&mut names.at(format!("blocks.{i}")), settings.layer(mode), hidden, eps))
+            .map(|(i, (&mode, &hidden))| Block::new(&mut names.at(format!("blocks.{i}")), settings.layer(mode), hidden, eps, drop_path(i)))
             .collect::<Result<_>>()?;
         Ok(Spvit {
             embed,
@@ -301,12 +115,6 @@ impl Spvit {
         Arrangement { index: None, attend: [batch, n], groups: Groups::all(n, n), mask: None, map: [batch, h, w] }
     }
 
-    /// The first token of every image.
-    fn first<T: Float>(x: &Tensor<T>) -> Result<Tensor<T>> {
-        let [batch, n, c] = x.dims("tokens")?;
-        Ok(Tensor::from_fn([batch, c], |i| x.data()[i / c * n * c + i % c]))
-    }
-
     fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>, noises: &[Noise<T>]) -> Result<(Tensor<T>, Saved<T>)> {
         let (patches, embed) = self.embed.forward(p, image, None)?;
         let [batch, n, c] = patches.dims("patches")?;
@@ -317,18 +125,23 @@ impl Spvit {
         }
         rows::add_table(x.data_mut(), p.get(self.positions));
         let arrangement = self.arrangement(batch);
-        let mut blocks = Vec::with_capacity(self.blocks.len());
-        for (block, &noise) in self.blocks.iter().zip(noises) {
-            let (y, saved) = block.forward(p, &x, &arrangement, self.settings.search.training, noise)?;
-            blocks.push(saved);
-            x = y;
-        }
+        let (training, mut updates, mut gates) = (self.settings.search.trains(p), Vec::new(), Vec::new());
+        let (x, blocks) = stack::forward(p, &self.blocks, x, |block, i, x| {
+            let noise = noises.get(i).copied().unwrap_or_default();
+            let (y, mut saved) = block.forward(p, &x, &arrangement, training, noise)?;
+            updates.extend(saved.take_updates());
+            gates.extend(saved.gates());
+            Ok((y, saved))
+        })?;
+        p.show("tokens", &x);
         // Only the class token reaches the head, and the norm sees tokens one by one.
-        let first = Self::first(&x)?;
+        let first = token_row(&x, 0)?;
         let (normed, stats) = self.norm.forward(p, &first)?;
-        Ok((self.head.forward(p, &normed)?, Saved { embed, blocks, first, stats, normed }))
+        p.show("pooled", &normed);
+        Ok((self.head.forward(p, &normed)?, Saved { embed, blocks, updates, gates, first, stats, normed }))
     }
 
+    /// What the patch embedding saved, and the gradient of its output.
     fn backward<T: Float>(
         &self,
         p: &Params<T>,
@@ -336,8 +149,8 @@ impl Spvit {
         saved: Saved<T>,
         d_logits: &Tensor<T>,
         d_expected: &[([T; 3], Vec<T>)],
-    ) -> Result<Tensor<T>> {
-        let Saved { embed, blocks, first, stats, normed } = saved;
+    ) -> Result<(patch_embed::Saved<T>, Tensor<T>)> {
+        let Saved { embed, blocks, first, stats, normed, .. } = saved;
         let d_normed = self.head.backward(p, g, &normed, d_logits)?;
         let d_first = self.norm.backward(p, g, &first, &stats, &d_normed, None)?;
         let [batch, c] = d_first.dims("class tokens")?;
@@ -348,27 +161,156 @@ impl Spvit {
             to[..c].copy_from_slice(from);
         }
         let arrangement = self.arrangement(batch);
-        for (i, (block, saved)) in self.blocks.iter().zip(blocks).enumerate().rev() {
-            d = block.backward(p, g, saved, &arrangement, &d, d_expected.get(i))?;
-        }
+        // Only finished networks are recomputed: they have no noise.
+        let again = |block: &Block, _, x: Tensor<T>| block.forward(p, &x, &arrangement, self.settings.search.trains(p), [None, None]);
+        let back = |block: &Block, i, saved, d: &Tensor<T>| block.backward(p, g, saved, &arrangement, d, d_expected.get(i));
+        d = stack::backward(&self.blocks, blocks, d, again, back)?;
         reduce::add_column_sums(g.get_mut(self.positions), d.data());
         let mut d_patches = Tensor::scratch([batch, n, c]);
         for (to, from) in d_patches.data_mut().chunks_exact_mut(n * c).zip(d.data().chunks_exact((n + 1) * c)) {
             elementwise::add(g.get_mut(self.cls_token), &from[..c]);
             to.copy_from_slice(&from[c..]);
         }
-        self.embed.backward(p, g, &embed, &d_patches, None)
+        Ok((embed, d_patches))
     }
 }
 
+impl Classifier for Spvit {
+    type Saved = Saved<f32>;
+
+    fn forward(&self, p: &Params<f32>, images: &Tensor<f32>) -> Result<(Vec<Tensor<f32>>, Saved<f32>)> {
+        let (logits, saved) = self.forward(p, images, &[])?;
+        Ok((vec![logits], saved))
+    }
+
+    fn updates(saved: &mut Saved<f32>) -> Updates<f32> {
+        std::mem::take(&mut saved.updates)
+    }
+
+    fn backward(&self, p: &Params<f32>, g: &mut Params<f32>, saved: Saved<f32>, d: &[Tensor<f32>]) -> Result<()> {
+        let (embed, d) = self.backward(p, g, saved, &d[0], &[])?;
+        self.embed.backward_params(p, g, &embed, &d).map(drop)
+    }
+}
+
+/// The finished DeiTs, as fine-tuned and (`_folded`) with their convolutions made plain.
+pub static FAMILY: Family = Family {
+    op: "model.spvit",
+    common: r#"{"patch_size": 16, "in_chans": 3, "depth": 12, "mlp_ratio": 4.0, "qkv_bias": true, "mode": "finetune"}"#,
+    build: |config| {
+        let settings = ModelSettings::from_config(config)?;
+        settings.search.finished()?;
+        Built::new(|names| Spvit::new(names, settings))
+    },
+    at_size: |config, size| {
+        config.set("image_size", size);
+    },
+    macs: |config, _| {
+        let s = ModelSettings::from_config(config)?;
+        let loss = FlopsLoss::deit([s.image, s.patch, s.chans], s.classes, [s.dim, s.modes.len(), s.heads], 0.0, 0.0)?;
+        Ok(finished_macs(&loss, s.modes.into_iter().zip(s.hidden)))
+    },
+    rules: Rules {
+        key,
+        resize: |name, table, wanted, _| if name == "pos_embed" { resize_pos_embed(1, table, wanted) } else { Ok(None) },
+        heads: &["head"],
+    },
+    variants: &[
+        Variant {
+            name: "spvit_deit_ti_l200_t10",
+            also: &[],
+            config: r#"{"embed_dim": 192, "num_heads": 3,
+                "msa_indicators": [[1,0,0], [1,0,0], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1]],
+                "ffn_hidden": [744, 758, 764, 767, 766, 764, 756, 659, 633, 473, 179, 145]}"#,
+            eval: Eval::IMAGENET.crop(0.875),
+            params: Some(4_873_422),
+            gmacs: Some(1.037),
+        },
+        Variant {
+            name: "spvit_deit_ti_l200_t10_folded",
+            also: &[],
+            config: r#"{"embed_dim": 192, "num_heads": 3,
+                "msa_indicators": [[1,0,0], [1,0,0], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1]],
+                "ffn_hidden": [744, 758, 764, 767, 766, 764, 756, 659, 633, 473, 179, 145], "param_opt": true}"#,
+            eval: Eval::IMAGENET.crop(0.875),
+            params: Some(4_774_808),
+            gmacs: Some(1.037),
+        },
+        Variant {
+            name: "spvit_deit_s_l30_t32",
+            also: &[],
+            config: r#"{"embed_dim": 384, "num_heads": 6,
+                "msa_indicators": [[1,0,0], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1]],
+                "ffn_hidden": [1304, 1399, 1344, 1214, 1251, 1183, 1140, 925, 742, 391, 104, 103]}"#,
+            eval: Eval::IMAGENET.crop(0.875),
+            params: Some(16_116_858),
+            gmacs: Some(3.347),
+        },
+        Variant {
+            name: "spvit_deit_s_l30_t32_folded",
+            also: &[],
+            config: r#"{"embed_dim": 384, "num_heads": 6,
+                "msa_indicators": [[1,0,0], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1]],
+                "ffn_hidden": [1304, 1399, 1344, 1214, 1251, 1183, 1140, 925, 742, 391, 104, 103], "param_opt": true}"#,
+            eval: Eval::IMAGENET.crop(0.875),
+            params: Some(15_870_724),
+            gmacs: Some(3.347),
+        },
+        Variant {
+            name: "spvit_deit_b_l008_t60",
+            also: &[],
+            config: r#"{"embed_dim": 768, "num_heads": 12,
+                "msa_indicators": [[1,0,0], [1,0,0], [1,0,0], [1,1,0], [1,1,0], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1]],
+                "ffn_hidden": [1118, 489, 1050, 1345, 1336, 1326, 1431, 1564, 1606, 1702, 1290, 190]}"#,
+            eval: Eval::IMAGENET.crop(0.875),
+            params: Some(46_207_987),
+            gmacs: Some(8.391),
+        },
+        Variant {
+            name: "spvit_deit_b_l008_t60_folded",
+            also: &[],
+            config: r#"{"embed_dim": 768, "num_heads": 12,
+                "msa_indicators": [[1,0,0], [1,0,0], [1,0,0], [1,1,0], [1,1,0], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1]],
+                "ffn_hidden": [1118, 489, 1050, 1345, 1336, 1326, 1431, 1564, 1606, 1702, 1290, 190], "param_opt": true}"#,
+            eval: Eval::IMAGENET.crop(0.875),
+            params: Some(41_583_639),
+            gmacs: Some(8.391),
+        },
+        Variant {
+            name: "spvit_deit_b_l006_t100",
+            also: &[],
+            config: r#"{"embed_dim": 768, "num_heads": 12,
+                "msa_indicators": [[1,0,0], [1,0,0], [1,0,0], [1,1,0], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1]],
+                "ffn_hidden": [1253, 610, 1343, 1912, 2354, 2306, 2483, 2753, 2869, 2860, 2443, 934]}"#,
+            eval: Eval::IMAGENET.crop(0.875),
+            params: Some(62_256_336),
+            gmacs: Some(11.73),
+        },
+        Variant {
+            name: "spvit_deit_b_l006_t100_folded",
+            also: &[],
+            config: r#"{"embed_dim": 768, "num_heads": 12,
+                "msa_indicators": [[1,0,0], [1,0,0], [1,0,0], [1,1,0], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1]],
+                "ffn_hidden": [1253, 610, 1343, 1912, 2354, 2306, 2483, 2753, 2869, 2860, 2443, 934], "param_opt": true}"#,
+            eval: Eval::IMAGENET.crop(0.875),
+            params: Some(58_320_928),
+            gmacs: Some(11.73),
+        },
+        Variant {
+            name: "spvit_deit_micro",
+            also: &[],
+            config: r#"{"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3,
+                "msa_indicators": [[1,0,0], [1,1,0], [1,1,1], [1,1,1], [0,0,0], [1,1,1]],
+                "ffn_hidden": [192, 192, 192, 192, 192, 192]}"#,
+            eval: Eval::SMALL,
+            params: None,
+            gmacs: None,
+        },
+    ],
+};
+
 /// `model.spvit`.
 pub struct ModelSpvit;
-
-/// Random indicators and widths for layers of a finished network.
-pub fn sample_layer(rng: &mut Rng) -> (Vec<usize>, usize) {
-    let kinds = [[0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]];
-    (kinds[rng.below(4)].to_vec(), rng.between(1, 4))
-}
 
 impl Operation for ModelSpvit {
     const NAME: &'static str = "model.spvit";
@@ -422,14 +364,14 @@ impl Operation for ModelSpvit {
         let p = run.params(&layout)?;
         let (logits, mut saved) = model.forward(&p, &x, &noises)?;
         run.output("logits", &logits);
-        let updates = saved.blocks.iter_mut().flat_map(BlockSaved::take_updates).collect();
-        run.after_buffers(&layout, updates);
-        let loss = loss.map(|loss| SearchLoss::output(run, loss, &saved.blocks, hidden));
+        run.after_buffers(&layout, std::mem::take(&mut saved.updates));
+        let gates = std::mem::take(&mut saved.gates);
+        let loss = loss.map(|loss| SearchLoss::output(run, loss, gates, hidden));
         if run.backward() {
             let (mut g, d_logits) = (run.zero_grads(&p), run.cotangent("logits", logits.shape())?);
             let d_expected = loss.map_or(Ok(Vec::new()), |loss| loss.backward(run))?;
-            let dx = model.backward(&p, &mut g, saved, &d_logits, &d_expected)?;
-            run.grad_input("x", &dx);
+            let (embed, d) = model.backward(&p, &mut g, saved, &d_logits, &d_expected)?;
+            run.grad_input("x", &model.embed.backward(&p, &mut g, &embed, &d, None)?);
             run.grad_params(&g);
         }
         Ok(())

@@ -3,9 +3,13 @@
 //! A finished attention layer attends inside shifted windows; a finished convolution sees the whole map. In a search all branches see the
 //! windows of the rolled map, with the standard shift mask, and convolutions stay inside a window.
 
-use super::spvit::{Arrangement, Block, BlockSaved, Noise, Search, SearchLoss, sample_layer};
+use super::network::{Built, Classifier};
+use super::spvit_block::{Arrangement, Block, BlockSaved, Noise, Search, SearchLoss, finished_macs, key, sample_layer};
+use super::stack::{self, Kept};
 use super::swin::{MergingSaved, PatchMerging, clip_window, dense_cells};
 use super::swin_ops::{mean_tokens, mean_tokens_backward};
+use super::weights::{self, Rules};
+use super::zoo::{Eval, Family, Variant};
 use crate::attention::gaussian_mask_swin::window_groups;
 use crate::attention::single_path::{Mode, Settings};
 use crate::attention::window::shifted_windows;
@@ -13,8 +17,9 @@ use crate::case::{Config, Draw, Operation, Run};
 use crate::error::{Error, Result};
 use crate::kernel::attention::Groups;
 use crate::model::vit_block::hidden_width;
-use crate::nn::spvit_gate::{FlopsLoss, LayerFlops, noise};
-use crate::nn::{Init, LayerNorm, Layout, Linear, Names, Params, PatchEmbed, Stats, normal_02, patch_embed};
+use crate::nn::batch_norm::Updates;
+use crate::nn::spvit_gate::{FlopsLoss, Gates, LayerFlops, noise};
+use crate::nn::{DropPath, Init, LayerNorm, Layout, Linear, Names, Params, PatchEmbed, Stats, normal_02, patch_embed};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
@@ -170,7 +175,9 @@ struct SpvitSwin {
 
 struct Saved<T: Float> {
     embed: patch_embed::Saved<T>,
-    blocks: Vec<BlockSaved<T>>,
+    stages: Vec<Vec<Kept<T, BlockSaved<T>>>>,
+    updates: Updates<T>,
+    gates: Vec<(Gates, Gates)>,
     mergings: Vec<MergingSaved<T>>,
     last: Tensor<T>,
     stats: Stats<T>,
@@ -182,13 +189,15 @@ impl SpvitSwin {
         let Search { alpha, norm_eps, own_conv, .. } = settings.search;
         let (image, dim) = ([settings.image; 2], settings.dim);
         let embed = PatchEmbed::new(names.at("patch_embed"), image, settings.patch, settings.chans, dim, Some(norm_eps), Init::NORMAL_02)?;
-        let mut stages = Vec::new();
+        let (mut stages, mut index, depth) = (Vec::new(), 0, settings.blocks().count());
         for (l, plans) in settings.stages.iter().enumerate() {
             let mut blocks = Vec::new();
             for (j, plan) in plans.iter().enumerate() {
                 let BlockPlan { mode, dim, heads, window, hidden, .. } = *plan;
                 let layer = Settings { dim, heads, mode, alpha, qkv_bias: true, class: false, window: Some(window), own_conv };
-                blocks.push(Block::new(&mut names.at(format!("layers.{l}.blocks.{j}")), layer, hidden, norm_eps)?);
+                let drop_path = DropPath::linear(settings.search.drop_path, index, depth);
+                blocks.push(Block::new(&mut names.at(format!("layers.{l}.blocks.{j}")), layer, hidden, norm_eps, drop_path)?);
+                index += 1;
             }
             let merges = l + 1 < settings.stages.len();
             let (width, _) = settings.stage(l);
@@ -208,14 +217,20 @@ impl SpvitSwin {
     fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>, noises: &[Noise<T>]) -> Result<(Tensor<T>, Saved<T>)> {
         let (mut x, embed) = self.embed.forward(p, image, None)?;
         let [batch, _, _] = x.dims::<3>("patches")?;
-        let (mut blocks, mut mergings) = (Vec::new(), Vec::new());
+        let (mut stages, mut mergings, mut updates, mut gates) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (training, mut before) = (self.settings.search.trains(p), 0);
         for (l, (stage, merging)) in self.stages.iter().enumerate() {
-            for (block, plan) in stage.iter().zip(&self.settings.stages[l]) {
-                let noise = noises.get(blocks.len()).copied().unwrap_or_default();
-                let (y, saved) = block.forward(p, &x, &plan.arrangement(batch)?, self.settings.search.training, noise)?;
-                blocks.push(saved);
-                x = y;
-            }
+            let (y, kept) = stack::forward(p, stage, x, |block, j, x| {
+                let noise = noises.get(before + j).copied().unwrap_or_default();
+                let (y, mut saved) = block.forward(p, &x, &self.settings.stages[l][j].arrangement(batch)?, training, noise)?;
+                updates.extend(saved.take_updates());
+                gates.extend(saved.gates());
+                Ok((y, saved))
+            })?;
+            before += stage.len();
+            p.show(format!("stages.{l}"), &y);
+            stages.push(kept);
+            x = y;
             if let Some(merging) = merging {
                 let (y, saved) = merging.forward(p, &x, &self.cells(l)?)?;
                 mergings.push(saved);
@@ -224,9 +239,11 @@ impl SpvitSwin {
         }
         let (normed, stats) = self.norm.forward(p, &x)?;
         let pooled = mean_tokens(&normed)?;
-        Ok((self.head.forward(p, &pooled)?, Saved { embed, blocks, mergings, last: x, stats, pooled }))
+        p.show("pooled", &pooled);
+        Ok((self.head.forward(p, &pooled)?, Saved { embed, stages, updates, gates, mergings, last: x, stats, pooled }))
     }
 
+    /// What the patch embedding saved, and the gradient of its output.
     fn backward<T: Float>(
         &self,
         p: &Params<T>,
@@ -234,23 +251,158 @@ impl SpvitSwin {
         saved: Saved<T>,
         d_logits: &Tensor<T>,
         d_expected: &[([T; 3], Vec<T>)],
-    ) -> Result<Tensor<T>> {
-        let Saved { embed, mut blocks, mut mergings, last, stats, pooled } = saved;
+    ) -> Result<(patch_embed::Saved<T>, Tensor<T>)> {
+        let Saved { embed, stages, mut mergings, last, stats, pooled, .. } = saved;
         let [batch, n, _] = last.dims("tokens")?;
         let d_pooled = self.head.backward(p, g, &pooled, d_logits)?;
         let mut d = self.norm.backward(p, g, &last, &stats, &mean_tokens_backward(&d_pooled, n)?, None)?;
-        for (l, (stage, merging)) in self.stages.iter().enumerate().rev() {
+        let mut before = self.settings.blocks().count();
+        for ((l, (stage, merging)), kept) in self.stages.iter().enumerate().zip(stages).rev() {
             if let (Some(merging), Some(saved)) = (merging, merging.as_ref().and_then(|_| mergings.pop())) {
                 d = merging.backward(p, g, saved, &self.cells(l)?, &d)?;
             }
-            for (block, plan) in stage.iter().zip(&self.settings.stages[l]).rev() {
-                let saved = blocks.pop().ok_or_else(|| Error::missing("a block's saved tensors"))?;
-                d = block.backward(p, g, saved, &plan.arrangement(batch)?, &d, d_expected.get(blocks.len()))?;
-            }
+            before -= stage.len();
+            let (plans, training) = (&self.settings.stages[l], self.settings.search.trains(p));
+            d = stack::backward(
+                stage,
+                kept,
+                d,
+                // Only finished networks are recomputed: they have no noise.
+                |block, j, x| block.forward(p, &x, &plans[j].arrangement(batch)?, training, [None, None]),
+                |block, j, saved, d| block.backward(p, g, saved, &plans[j].arrangement(batch)?, d, d_expected.get(before + j)),
+            )?;
         }
-        self.embed.backward(p, g, &embed, &d, None)
+        Ok((embed, d))
     }
 }
+
+impl Classifier for SpvitSwin {
+    type Saved = Saved<f32>;
+
+    fn forward(&self, p: &Params<f32>, images: &Tensor<f32>) -> Result<(Vec<Tensor<f32>>, Saved<f32>)> {
+        let (logits, saved) = self.forward(p, images, &[])?;
+        Ok((vec![logits], saved))
+    }
+
+    fn updates(saved: &mut Saved<f32>) -> Updates<f32> {
+        std::mem::take(&mut saved.updates)
+    }
+
+    fn backward(&self, p: &Params<f32>, g: &mut Params<f32>, saved: Saved<f32>, d: &[Tensor<f32>]) -> Result<()> {
+        let (embed, d) = self.backward(p, g, saved, &d[0], &[])?;
+        self.embed.backward_params(p, g, &embed, &d).map(drop)
+    }
+}
+
+/// The finished Swins, as fine-tuned and (`_folded`) with their convolutions made plain.
+pub static FAMILY: Family = Family {
+    op: "model.spvit_swin",
+    common: r#"{"patch_size": 4, "in_chans": 3, "embed_dim": 96, "num_heads": [3, 6, 12, 24], "window_size": 7, "mlp_ratio": 4.0,
+        "mode": "finetune"}"#,
+    build: |config| {
+        let settings = ModelSettings::from_config(config)?;
+        settings.search.finished()?;
+        Built::new(|names| SpvitSwin::new(names, settings))
+    },
+    at_size: |config, size| {
+        config.set("image_size", size);
+    },
+    macs: |config, _| {
+        let settings = ModelSettings::from_config(config)?;
+        Ok(finished_macs(&settings.loss(0.0, 0.0), settings.blocks().map(|b| (b.mode, b.hidden))))
+    },
+    rules: Rules { key, resize: weights::fixed, heads: &["head"] },
+    variants: &[
+        Variant {
+            name: "spvit_swin_t_l28_t32",
+            also: &[],
+            config: r#"{"depths": [2, 2, 6, 2],
+                "msa_indicators": [[[1,0,0], [0,0,0]],
+                    [[1,0,0], [0,0,0]],
+                    [[1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1]],
+                    [[1,1,1], [1,1,1]]],
+                "ffn_hidden": [186, 152, 646, 504, 1350, 1319, 1289, 1249, 1234, 1082, 3041, 2994]}"#,
+            eval: Eval::IMAGENET,
+            params: Some(26_306_263),
+            gmacs: None,
+        },
+        Variant {
+            name: "spvit_swin_t_l28_t32_folded",
+            also: &[],
+            config: r#"{"depths": [2, 2, 6, 2],
+                "msa_indicators": [[[1,0,0], [0,0,0]],
+                    [[1,0,0], [0,0,0]],
+                    [[1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1]],
+                    [[1,1,1], [1,1,1]]],
+                "ffn_hidden": [186, 152, 646, 504, 1350, 1319, 1289, 1249, 1234, 1082, 3041, 2994], "param_opt": true}"#,
+            eval: Eval::IMAGENET,
+            params: Some(26_232_230),
+            gmacs: None,
+        },
+        Variant {
+            name: "spvit_swin_s_l04_t55",
+            also: &[],
+            config: r#"{"depths": [2, 2, 18, 2],
+                "msa_indicators": [[[1,0,0], [0,0,0]],
+                    [[1,1,1], [1,1,1]],
+                    [[1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [0,0,0], [1,0,0], [1,1,1], [1,1,1], [0,0,0], [0,0,0]],
+                    [[1,1,1], [1,1,1]]],
+                "ffn_hidden": [188, 209, 748, 680, 1159, 1260, 1127, 1036, 919, 916, 868, 918, 903, 937, 961, 1037, 1063, 996, 888, 866, 741, 509, 3064, 3051]}"#,
+            eval: Eval::IMAGENET,
+            params: Some(39_205_671),
+            gmacs: None,
+        },
+        Variant {
+            name: "spvit_swin_s_l04_t55_folded",
+            also: &[],
+            config: r#"{"depths": [2, 2, 18, 2],
+                "msa_indicators": [[[1,0,0], [0,0,0]],
+                    [[1,1,1], [1,1,1]],
+                    [[1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [0,0,0], [1,0,0], [1,1,1], [1,1,1], [0,0,0], [0,0,0]],
+                    [[1,1,1], [1,1,1]]],
+                "ffn_hidden": [188, 209, 748, 680, 1159, 1260, 1127, 1036, 919, 916, 868, 918, 903, 937, 961, 1037, 1063, 996, 888, 866, 741, 509, 3064, 3051], "param_opt": true}"#,
+            eval: Eval::IMAGENET,
+            params: Some(38_922_496),
+            gmacs: None,
+        },
+        Variant {
+            name: "spvit_swin_b_l01_t100",
+            also: &[],
+            config: r#"{"embed_dim": 128, "num_heads": [4, 8, 16, 32], "depths": [2, 2, 18, 2],
+                "msa_indicators": [[[1,1,1], [0,0,0]],
+                    [[1,1,1], [1,1,1]],
+                    [[1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [0,0,0], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [0,0,0], [1,0,0], [1,1,1], [0,0,0]],
+                    [[1,1,1], [1,1,1]]],
+                "ffn_hidden": [311, 303, 1011, 980, 1763, 1673, 1636, 1523, 1410, 1377, 1332, 1345, 1440, 1426, 1400, 1315, 1371, 1321, 1324, 1265, 1127, 734, 3572, 2931]}"#,
+            eval: Eval::IMAGENET,
+            params: Some(68_034_286),
+            gmacs: None,
+        },
+        Variant {
+            name: "spvit_swin_b_l01_t100_folded",
+            also: &[],
+            config: r#"{"embed_dim": 128, "num_heads": [4, 8, 16, 32], "depths": [2, 2, 18, 2],
+                "msa_indicators": [[[1,1,1], [0,0,0]],
+                    [[1,1,1], [1,1,1]],
+                    [[1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [0,0,0], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [1,1,1], [0,0,0], [1,0,0], [1,1,1], [0,0,0]],
+                    [[1,1,1], [1,1,1]]],
+                "ffn_hidden": [311, 303, 1011, 980, 1763, 1673, 1636, 1523, 1410, 1377, 1332, 1345, 1440, 1426, 1400, 1315, 1371, 1321, 1324, 1265, 1127, 734, 3572, 2931], "param_opt": true}"#,
+            eval: Eval::IMAGENET,
+            params: Some(67_542_142),
+            gmacs: None,
+        },
+        Variant {
+            name: "spvit_swin_micro",
+            also: &[],
+            config: r#"{"patch_size": 2, "embed_dim": 32, "num_heads": [2, 4, 8], "window_size": 4, "depths": [2, 2, 2],
+                "msa_indicators": [[[1,0,0], [1,1,1]], [[1,1,0], [0,0,0]], [[1,1,1], [1,1,1]]],
+                "ffn_hidden": [64, 64, 128, 128, 256, 256]}"#,
+            eval: Eval::SMALL,
+            params: None,
+            gmacs: None,
+        },
+    ],
+};
 
 /// `model.spvit_swin`.
 pub struct ModelSpvitSwin;
@@ -315,14 +467,14 @@ impl Operation for ModelSpvitSwin {
         let p = run.params(&layout)?;
         let (logits, mut saved) = model.forward(&p, &x, &noises)?;
         run.output("logits", &logits);
-        let updates = saved.blocks.iter_mut().flat_map(BlockSaved::take_updates).collect();
-        run.after_buffers(&layout, updates);
-        let loss = loss.map(|loss| SearchLoss::output(run, loss, &saved.blocks, hidden));
+        run.after_buffers(&layout, std::mem::take(&mut saved.updates));
+        let gates = std::mem::take(&mut saved.gates);
+        let loss = loss.map(|loss| SearchLoss::output(run, loss, gates, hidden));
         if run.backward() {
             let (mut g, d_logits) = (run.zero_grads(&p), run.cotangent("logits", logits.shape())?);
             let d_expected = loss.map_or(Ok(Vec::new()), |loss| loss.backward(run))?;
-            let dx = model.backward(&p, &mut g, saved, &d_logits, &d_expected)?;
-            run.grad_input("x", &dx);
+            let (embed, d) = model.backward(&p, &mut g, saved, &d_logits, &d_expected)?;
+            run.grad_input("x", &model.embed.backward(&p, &mut g, &embed, &d, None)?);
             run.grad_params(&g);
         }
         Ok(())

@@ -9,8 +9,13 @@
 //! The released code keeps the grid as the square root of the number of tokens and scrambles other grids silently; here the module
 //! tracks rows and columns, and the model refuses what does not fit its table.
 
+use super::network::{Built, Classifier};
+use super::stack::{self, Kept};
 use super::t2t_block::{BlockSettings, TokenBlock, Windows};
-use super::vit::{Trunk, TrunkSaved};
+use super::vit::{Trunk, TrunkSaved, resize_pos_embed};
+use super::vit_block::hidden_width;
+use super::weights::{self, Rules};
+use super::zoo::{self, Eval, Family, Variant};
 use super::{t2t_block, vit_block};
 use crate::attention::performer::sample_dropout;
 use crate::attention::window::qk_scale;
@@ -27,12 +32,14 @@ use crate::tensor::{Float, Tensor};
 
 const FIRST: Windows = Windows { split: SoftSplit { kernel: 7, stride: 4, padding: 2 }, order: Order::Planes };
 const NEXT: Windows = Windows { split: SoftSplit { kernel: 3, stride: 2, padding: 1 }, order: Order::Pixels };
+/// What the token blocks read.
+const WINDOWS: [Windows; 2] = [FIRST, NEXT];
 
 /// The Tokens-to-Token module.
 #[derive(Clone, Debug)]
 pub struct T2tModule {
-    attention1: TokenBlock,
-    attention2: TokenBlock,
+    /// `attention1` and `attention2`.
+    blocks: [TokenBlock; 2],
     project: Linear,
     chans: usize,
     width: usize,
@@ -40,8 +47,8 @@ pub struct T2tModule {
 
 /// What the backward pass needs.
 pub struct ModuleSaved<T: Float> {
-    attention1: t2t_block::Saved<T>,
-    attention2: t2t_block::Saved<T>,
+    grids: [[usize; 2]; 3],
+    blocks: Vec<Kept<T, t2t_block::Saved<T>>>,
     map: Tensor<T>,
 }
 
@@ -67,7 +74,7 @@ impl T2tModule {
         let attention1 = TokenBlock::new(&mut names.at("attention1"), settings(49 * chans, 0)?, eps)?;
         let attention2 = TokenBlock::new(&mut names.at("attention2"), settings(9 * width, 2)?, eps)?;
         let project = Linear::new(names.at("project"), 9 * width, dim, true, normal_02(9 * width, dim));
-        Ok(T2tModule { attention1, attention2, project, chans, width })
+        Ok(T2tModule { blocks: [attention1, attention2], project, chans, width })
     }
 
     /// Rows and columns after each of the three splits.
@@ -83,33 +90,46 @@ impl T2tModule {
 
     /// Tokens `[B, L, embed_dim]` of `[B, in, H, W]`.
     pub fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>) -> Result<(Tensor<T>, ModuleSaved<T>)> {
-        let [b, c, h, w] = image.dims("image")?;
+        let [_, c, h, w] = image.dims("image")?;
         if c != self.chans {
             return Err(Error::shape("image", format!("[batch, {}, height, width]", self.chans), image.shape()));
         }
-        let [[h1, w1], [h2, w2], _] = self.grids([h, w])?;
-        let (x, attention1) = self.attention1.forward(p, image.clone(), Some(FIRST))?;
-        let (x, attention2) = self.attention2.forward(p, x.reshape([b, h1, w1, self.width])?, Some(NEXT))?;
-        let map = x.reshape([b, h2, w2, self.width])?;
+        let grids = self.grids([h, w])?;
+        let (map, blocks) = stack::forward(p, &self.blocks, image.clone(), |block, i, x| self.run(p, block, i, x, grids))?;
         let (y, _) = self.project().forward(p, &map)?;
-        Ok((y, ModuleSaved { attention1, attention2, map }))
+        Ok((y, ModuleSaved { grids, blocks, map }))
+    }
+
+    /// Token block `i` on a map, and its tokens as the next map.
+    fn run<T: Float>(
+        &self,
+        p: &Params<T>,
+        block: &TokenBlock,
+        i: usize,
+        x: Tensor<T>,
+        grids: [[usize; 2]; 3],
+    ) -> Result<(Tensor<T>, t2t_block::Saved<T>)> {
+        let (batch, [rows, cols]) = (x.shape()[0], grids[i]);
+        let (y, saved) = block.forward(p, x, Some(WINDOWS[i]))?;
+        Ok((y.reshape([batch, rows, cols, self.width])?, saved))
     }
 
     /// The gradient of the image.
     pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: ModuleSaved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
-        let ModuleSaved { attention1, attention2, map } = saved;
-        let [b, h2, w2, c] = map.dims("map")?;
-        let d = self.project().backward(p, g, &map, None, dy)?.reshape([b, h2 * w2, c])?;
+        let ModuleSaved { grids, blocks, map } = saved;
+        let d = self.project().backward(p, g, &map, None, dy)?;
         drop(map);
-        let d = self.attention2.backward(p, g, attention2, Some(NEXT), &d)?;
-        let [b, h1, w1, c] = d.dims("map")?;
-        self.attention1.backward(p, g, attention1, Some(FIRST), &d.reshape([b, h1 * w1, c])?)
+        let back = |block: &TokenBlock, i, saved, d: &Tensor<T>| {
+            let [b, rows, cols, c] = d.dims("gradient of a map")?;
+            block.backward(p, g, saved, Some(WINDOWS[i]), &d.reshape([b, rows * cols, c])?)
+        };
+        stack::backward(&self.blocks, blocks, d, |block, i, x| self.run(p, block, i, x, grids), back)
     }
 
     /// What [`forward`](Self::forward) costs.
     pub fn cost(&self, b: usize, image: [usize; 2]) -> Result<Cost> {
         let [first, second, _] = self.grids(image)?;
-        let blocks = self.attention1.cost(b, first[0] * first[1]) + self.attention2.cost(b, second[0] * second[1]);
+        let blocks = self.blocks[0].cost(b, first[0] * first[1]) + self.blocks[1].cost(b, second[0] * second[1]);
         Ok(blocks + self.project().cost(b, second)?)
     }
 }
@@ -204,7 +224,7 @@ impl T2tVit {
             mlp_ratio: config.f64_or("mlp_ratio", 4.0)?,
             norm_eps: config.f64_or("norm_eps", 1e-5)?,
             layer_scale: None,
-            drop_path: 0.0,
+            drop_path: config.f64_or("drop_path_rate", 0.0)?,
             init: normal_02,
         };
         let trunk = Trunk::new(names, "", config.usize("depth")?, settings, true)?;
@@ -235,6 +255,7 @@ impl T2tVit {
         for (out, y) in pooled.data_mut().chunks_exact_mut(c).zip(y.data().chunks_exact((1 + n) * c)) {
             out.copy_from_slice(&y[..c]);
         }
+        p.show("pooled", &pooled);
         let logits = self.head.as_ref().map_or(Ok(pooled.clone()), |head| head.forward(p, &pooled))?;
         Ok((logits, Saved { module, trunk, pooled }))
     }
@@ -257,6 +278,150 @@ impl T2tVit {
         self.module.backward(p, g, module, &d_tokens)
     }
 }
+
+impl Classifier for T2tVit {
+    type Saved = Saved<f32>;
+
+    fn forward(&self, p: &Params<f32>, images: &Tensor<f32>) -> Result<(Vec<Tensor<f32>>, Saved<f32>)> {
+        let (logits, saved) = self.forward(p, images)?;
+        Ok((vec![logits], saved))
+    }
+
+    fn backward(&self, p: &Params<f32>, g: &mut Params<f32>, saved: Saved<f32>, d: &[Tensor<f32>]) -> Result<()> {
+        self.backward(p, g, saved, &d[0]).map(drop)
+    }
+}
+
+/// Multiply-adds for one image: linear maps and attention's products.
+fn macs(config: &Config, size: usize) -> Result<f64> {
+    let (module, _) = Layout::build(|names| T2tModule::new(names, config))?;
+    let [_, _, [rows, cols]] = module.grids([size; 2])?;
+    let (n, c, depth) = (1 + rows * cols, config.positive("embed_dim")?, config.usize("depth")?);
+    let hidden = hidden_width(c, config.f64_or("mlp_ratio", 4.0)?)?;
+    let block = n * c * (4 * c + 2 * hidden + 2 * n);
+    Ok((module.cost(1, [size; 2])?.flops / 2 + depth * block + c * config.usize("num_classes")?) as f64)
+}
+
+/// The released networks. Their sizes as published count the frozen table of positions and the Performers' frozen features too.
+pub static FAMILY: Family = Family {
+    op: "model.t2t_vit",
+    common: r#"{"tokens_type": "performer", "in_chans": 3, "token_dim": 64, "kernel_ratio": 0.5, "performer_eps": 1e-8, "norm_eps": 1e-5,
+        "qkv_bias": false}"#,
+    build: |config| Built::new(|names| T2tVit::new(names, config)),
+    at_size: zoo::img_size,
+    macs,
+    rules: Rules {
+        key: weights::keep,
+        resize: |name, table, wanted, _| if name == "pos_embed" { resize_pos_embed(1, table, wanted) } else { Ok(None) },
+        heads: &["head"],
+    },
+    variants: &[
+        Variant {
+            name: "t2t_vit_7",
+            also: &[],
+            config: r#"{"embed_dim": 256, "depth": 7, "num_heads": 4, "mlp_ratio": 2}"#,
+            eval: Eval::IMAGENET,
+            params: Some(4_255_694),
+            gmacs: Some(1.15),
+        },
+        Variant {
+            name: "t2t_vit_10",
+            also: &[],
+            config: r#"{"embed_dim": 256, "depth": 10, "num_heads": 4, "mlp_ratio": 2}"#,
+            eval: Eval::IMAGENET,
+            params: Some(5_834_702),
+            gmacs: Some(1.52),
+        },
+        Variant {
+            name: "t2t_vit_12",
+            also: &[],
+            config: r#"{"embed_dim": 256, "depth": 12, "num_heads": 4, "mlp_ratio": 2}"#,
+            eval: Eval::IMAGENET,
+            params: Some(6_887_374),
+            gmacs: Some(1.76),
+        },
+        Variant {
+            name: "t2t_vit_14",
+            also: &[],
+            config: r#"{"embed_dim": 384, "depth": 14, "num_heads": 6, "mlp_ratio": 3}"#,
+            eval: Eval::IMAGENET,
+            params: Some(21_465_806),
+            gmacs: Some(4.78),
+        },
+        Variant {
+            name: "t2t_vit_14_384",
+            also: &[],
+            config: r#"{"embed_dim": 384, "depth": 14, "num_heads": 6, "mlp_ratio": 3}"#,
+            eval: Eval::IMAGENET.at(384),
+            params: Some(21_465_806),
+            gmacs: Some(16.4),
+        },
+        Variant {
+            name: "t2t_vit_19",
+            also: &[],
+            config: r#"{"embed_dim": 448, "depth": 19, "num_heads": 7, "mlp_ratio": 3}"#,
+            eval: Eval::IMAGENET,
+            params: Some(39_085_070),
+            gmacs: Some(8.48),
+        },
+        Variant {
+            name: "t2t_vit_24",
+            also: &[],
+            config: r#"{"embed_dim": 512, "depth": 24, "num_heads": 8, "mlp_ratio": 3}"#,
+            eval: Eval::IMAGENET,
+            params: Some(64_000_974),
+            gmacs: Some(13.66),
+        },
+        Variant {
+            name: "t2t_vit_t_14",
+            also: &[],
+            config: r#"{"tokens_type": "transformer", "embed_dim": 384, "depth": 14, "num_heads": 6, "mlp_ratio": 3}"#,
+            eval: Eval::IMAGENET,
+            params: Some(21_465_422),
+            gmacs: Some(6.09),
+        },
+        Variant {
+            name: "t2t_vit_t_19",
+            also: &[],
+            config: r#"{"tokens_type": "transformer", "embed_dim": 448, "depth": 19, "num_heads": 7, "mlp_ratio": 3}"#,
+            eval: Eval::IMAGENET,
+            params: Some(39_084_686),
+            gmacs: Some(9.79),
+        },
+        Variant {
+            name: "t2t_vit_t_24",
+            also: &[],
+            config: r#"{"tokens_type": "transformer", "embed_dim": 512, "depth": 24, "num_heads": 8, "mlp_ratio": 3}"#,
+            eval: Eval::IMAGENET,
+            params: Some(64_000_590),
+            gmacs: Some(14.97),
+        },
+        Variant {
+            name: "t2t_vit_14_resnext",
+            also: &[],
+            config: r#"{"embed_dim": 384, "depth": 14, "num_heads": 32, "mlp_ratio": 3}"#,
+            eval: Eval::IMAGENET,
+            params: Some(21_465_806),
+            gmacs: Some(4.78),
+        },
+        Variant {
+            name: "t2t_vit_14_wide",
+            also: &[],
+            config: r#"{"embed_dim": 768, "depth": 4, "num_heads": 12, "mlp_ratio": 3}"#,
+            eval: Eval::IMAGENET,
+            params: Some(25_000_910),
+            gmacs: Some(5.23),
+        },
+        Variant {
+            name: "t2t_vit_micro",
+            also: &[],
+            config: r#"{"embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_ratio": 2}"#,
+            eval: Eval::SMALL,
+            params: None,
+            gmacs: None,
+        },
+    ],
+};
 
 /// `model.t2t_vit`. `qk_scale` acts on the backbone alone, and stays `d^{−1/2}` unless given: the published weights are loaded that way.
 pub struct ModelT2tVit;

@@ -138,7 +138,7 @@ impl TokenBlock {
             None => self.mlp.forward(p, &normed, Some(&middle))?,
             Some(dropout) => {
                 let (mut y, mlp) = self.mlp.forward(p, &normed, None)?;
-                dropout.apply(y.data_mut(), 1);
+                dropout.apply(p, y.data_mut(), 1);
                 crate::kernel::elementwise::add(y.data_mut(), middle.data());
                 (y, mlp)
             }
@@ -158,7 +158,7 @@ impl TokenBlock {
         let Saved { x, stats1, attn, middle, stats2, mlp } = saved;
         let mut masked = dy.clone();
         if let Some(dropout) = self.dropout {
-            dropout.apply(masked.data_mut(), 1);
+            dropout.apply(p, masked.data_mut(), 1);
         }
         let normed = self.norm2.again(p, &middle, &stats2);
         let d_normed = self.mlp.backward(p, g, &normed, mlp, &masked)?;

@@ -1,4 +1,4 @@
-//! UM-MAE's Swin (arXiv 2205.10063): `block.um_swin`, `model.um_swin`, and the encoder that UM-MAE pre-trains.
+//! `block.um_swin`: the block of UM-MAE's Swin (arXiv 2205.10063), and the encoder that UM-MAE pre-trains.
 //!
 //! A block knows the true position of each of its tokens; the bias of its windows is a function of their offsets. The first block of a
 //! later stage starts with LayerNorm and a 2×2 convolution of stride 2 (not Swin's concatenation), which keeps the position of the
@@ -7,12 +7,13 @@
 //! Tokens are put into the order of their windows once per block, between norm and `qkv`, and back after `proj`. In a shifted window that
 //! lies across the border, the −100 between tokens that are no neighbours stands in place of their bias, which would be lost in it.
 
-use super::pre_norm::{self, MeanHead, MeanSaved, PreNorm};
+use super::pre_norm::{self, PreNorm};
+use super::stack::{self, Kept};
 use crate::attention::um_window::{self, Offsets, Settings, UmWindow, draw_positions, positions, settings, window_order};
 use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::{Error, Result};
 use crate::kernel::{elementwise, rows};
-use crate::nn::{CellConv, Cells, Init, LayerNorm, Layout, Names, Params, PatchEmbed, Stats, patch_embed, xavier};
+use crate::nn::{CellConv, Cells, DropPath, Init, LayerNorm, Layout, Names, Params, Stats, xavier};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
@@ -119,6 +120,8 @@ pub struct BlockSettings {
     pub window: usize,
     /// Shift.
     pub shift: usize,
+    /// Probability that a residual branch is left out in training.
+    pub drop_path: f64,
 }
 
 /// A block: `downsample.norm`, `downsample.proj`, `norm1`, `attn`, `norm2`, `mlp`.
@@ -153,7 +156,7 @@ impl BlockSettings {
 impl Block {
     /// Registers the parameters.
     pub fn new(names: &mut Names, settings: BlockSettings) -> Result<Self> {
-        let BlockSettings { attention, mlp_ratio, norm_eps, downsample_from, .. } = settings;
+        let BlockSettings { attention, mlp_ratio, norm_eps, downsample_from, drop_path, .. } = settings;
         let downsample = match downsample_from {
             None => None,
             Some((from, eps)) => {
@@ -165,7 +168,7 @@ impl Block {
         Ok(Block {
             downsample,
             attn: UmWindow::new(&mut names.at("attn"), attention, xavier)?,
-            pre_norm: PreNorm::new(names, attention.dim, mlp_ratio, norm_eps, 0.0, xavier)?,
+            pre_norm: PreNorm::new(names, attention.dim, mlp_ratio, norm_eps, drop_path, xavier)?,
         })
     }
 
@@ -233,6 +236,8 @@ pub struct EncoderSettings {
     pub window_size: usize,
     /// Hidden width of the position MLPs.
     pub posmlp_dim: usize,
+    /// Drop path of the last block; it grows linearly from 0 over all blocks.
+    pub drop_path: f64,
 }
 
 impl EncoderSettings {
@@ -245,6 +250,7 @@ impl EncoderSettings {
             mlp_ratio: config.f64_or("mlp_ratio", 4.0)?,
             window_size: config.positive("window_size")?,
             posmlp_dim: config.usize_or("posmlp_dim", 32)?,
+            drop_path: config.f64_or("drop_path_rate", 0.0)?,
         };
         let count = settings.depths.len();
         if count == 0 || count > 16 || settings.num_heads.len() != count || settings.embed_dim > 1 << 24 {
@@ -259,6 +265,9 @@ impl EncoderSettings {
         self.embed_dim << (self.depths.len() - 1)
     }
 }
+
+/// What [`Encoder::backward`] needs: of each block, what the pass keeps.
+pub type EncoderSaved<T> = Vec<Kept<T, Saved<T>>>;
 
 /// The blocks of all stages.
 #[derive(Clone, Debug)]
@@ -275,7 +284,7 @@ pub type Plans = Vec<[Plan; 2]>;
 impl Encoder {
     /// Registers `blocks.{b}`.
     pub fn new(names: &mut Names, settings: &EncoderSettings) -> Result<Self> {
-        let EncoderSettings { embed_dim, depths, num_heads, mlp_ratio, window_size, posmlp_dim } = settings;
+        let EncoderSettings { embed_dim, depths, num_heads, mlp_ratio, window_size, posmlp_dim, drop_path } = settings;
         let mut blocks = Vec::new();
         for (stage, (&depth, &num_heads)) in depths.iter().zip(num_heads).enumerate() {
             if stage > 0 && depth == 0 {
@@ -291,6 +300,7 @@ impl Encoder {
                     side: 0,
                     window: *window_size,
                     shift: 0,
+                    drop_path: DropPath::linear(*drop_path, blocks.len(), depths.iter().sum()),
                 };
                 let block = Block::new(&mut names.at(format!("blocks.{}", blocks.len())), settings)?;
                 blocks.push((stage, b % 2 == 1, block));
@@ -321,14 +331,8 @@ impl Encoder {
     }
 
     /// The tokens after the last block.
-    pub fn forward<T: Float>(&self, p: &Params<T>, mut x: Tensor<T>, plans: &Plans) -> Result<(Tensor<T>, Vec<Saved<T>>)> {
-        let mut saved = Vec::with_capacity(self.blocks.len());
-        for (stage, shifted, block) in &self.blocks {
-            let (y, s) = block.forward(p, x, &plans[*stage][usize::from(*shifted)])?;
-            x = y;
-            saved.push(s);
-        }
-        Ok((x, saved))
+    pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>, plans: &Plans) -> Result<(Tensor<T>, EncoderSaved<T>)> {
+        stack::forward(p, &self.blocks, x, |(stage, shifted, block), _, x| block.forward(p, x, &plans[*stage][usize::from(*shifted)]))
     }
 
     /// The gradient of the tokens that went in.
@@ -336,57 +340,18 @@ impl Encoder {
         &self,
         p: &Params<T>,
         g: &mut Params<T>,
-        saved: Vec<Saved<T>>,
+        saved: EncoderSaved<T>,
         plans: &Plans,
         dy: &Tensor<T>,
     ) -> Result<Tensor<T>> {
-        let mut d = dy.clone();
-        for ((stage, shifted, block), saved) in self.blocks.iter().zip(saved).rev() {
-            d = block.backward(p, g, saved, &plans[*stage][usize::from(*shifted)], &d)?;
-        }
-        Ok(d)
-    }
-}
-
-/// The classifier.
-struct Classifier {
-    embed: PatchEmbed,
-    encoder: Encoder,
-    plans: Plans,
-    head: MeanHead,
-}
-
-struct ClassifierSaved<T: Float> {
-    embed: patch_embed::Saved<T>,
-    blocks: Vec<Saved<T>>,
-    head: MeanSaved<T>,
-}
-
-impl Classifier {
-    fn new(names: &mut Names, config: &Config) -> Result<Self> {
-        let (settings, patch, chans) =
-            (EncoderSettings::from_config(config)?, config.positive("patch_size")?, config.positive("in_chans")?);
-        let (image, dim) = ([config.positive("img_size")?; 2], settings.embed_dim);
-        let init = xavier(chans * patch * patch, dim);
-        let embed = PatchEmbed::new(names.at("patch_embed"), image, patch, chans, dim, Some(1e-6), init)?;
-        let [side, _] = embed.grid();
-        let encoder = Encoder::new(names, &settings)?;
-        let head = MeanHead::new(names, settings.width(), config.usize("num_classes")?, 1e-6, xavier);
-        Ok(Classifier { embed, plans: encoder.plans(Positions::regular(side))?, encoder, head })
-    }
-
-    fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>) -> Result<(Tensor<T>, ClassifierSaved<T>)> {
-        let (x, embed) = self.embed.forward(p, image, None)?;
-        let (x, blocks) = self.encoder.forward(p, x, &self.plans)?;
-        let (y, head) = self.head.forward(p, &x)?;
-        Ok((y, ClassifierSaved { embed, blocks, head }))
-    }
-
-    fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: ClassifierSaved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
-        let ClassifierSaved { embed, blocks, head } = saved;
-        let d = self.head.backward(p, g, head, dy)?;
-        let d = self.encoder.backward(p, g, blocks, &self.plans, &d)?;
-        self.embed.backward(p, g, &embed, &d, None)
+        let plan = |stage: usize, shifted: bool| &plans[stage][usize::from(shifted)];
+        stack::backward(
+            &self.blocks,
+            saved,
+            dy.clone(),
+            |(stage, shifted, block), _, x| block.forward(p, x, plan(*stage, *shifted)),
+            |(stage, shifted, block), _, saved, d| block.backward(p, g, saved, plan(*stage, *shifted), d),
+        )
     }
 }
 
@@ -404,6 +369,7 @@ impl UmSwinBlock {
             side: config.positive("resolution")?,
             window: config.positive("window_size")?,
             shift: config.usize("shift_size")?,
+            drop_path: 0.0,
         })
     }
 }
@@ -461,58 +427,5 @@ impl Operation for UmSwinBlock {
         let side = settings.side;
         run.output("pos_hw", &Tensor::from_fn([samples, side, side, 2], |i| T::from_f64(at.pairs[i / 2][i % 2])));
         run.unary(&layout, |p, x| block.forward(p, x.clone(), &plan), |p, g, saved, dy| block.backward(p, g, saved, &plan, dy))
-    }
-}
-
-/// `model.um_swin`.
-pub struct ModelUmSwin;
-
-impl Operation for ModelUmSwin {
-    const NAME: &'static str = "model.um_swin";
-    const PAPER: &'static str = "2205.10063 UM-MAE";
-
-    fn sample(rng: &mut Rng) -> Config {
-        let (stages, window, patch) = (rng.between(1, 2), rng.between(1, 3), rng.between(1, 2));
-        let mut config = Config::default();
-        config.set("img_size", window * rng.between(1, 2) * (1 << (stages - 1)) * patch).set("patch_size", patch);
-        config.set("in_chans", rng.between(1, 3)).set("num_classes", rng.below(4)).set("embed_dim", 2 * rng.between(1, 2));
-        config.set("depths", (0..stages).map(|_| rng.between(1, 2)).collect::<Vec<_>>());
-        config.set("num_heads", (0..stages).map(|_| rng.between(1, 2)).collect::<Vec<_>>());
-        config.set("mlp_ratio", rng.range(1.0, 2.0)).set("window_size", window).set("posmlp_dim", rng.between(1, 4));
-        config
-    }
-
-    fn inputs(config: &Config, draw: &mut Draw) -> Result<()> {
-        let (batch, side) = (draw.size("batch", 1, 2), config.positive("img_size")?);
-        draw.normal("x", [batch, config.positive("in_chans")?, side, side]);
-        Ok(())
-    }
-
-    fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
-        let (config, image) = (run.config(), run.input("x")?);
-        let [batch, _, _, _] = image.dims("input `x`")?;
-        let side = config.positive("img_size")?;
-        image.expect_shape("input `x`", [batch, config.positive("in_chans")?, side, side])?;
-        let (model, layout) = Layout::build(|names| Classifier::new(names, config))?;
-        run.unary(&layout, |p, x| model.forward(p, x), |p, g, saved, dy| model.backward(p, g, saved, dy))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parameters(embed_dim: usize, depth: usize, heads: usize, posmlp_dim: usize) -> usize {
-        let mut config = Config::default();
-        config.set("img_size", 256).set("patch_size", 4).set("in_chans", 3).set("num_classes", 1000).set("embed_dim", embed_dim);
-        config.set("depths", vec![2, 2, depth, 2]).set("num_heads", vec![heads, 2 * heads, 4 * heads, 8 * heads]);
-        config.set("mlp_ratio", 4).set("window_size", 16).set("posmlp_dim", posmlp_dim);
-        Layout::build(|names| Classifier::new(names, &config)).unwrap().1.numel()
-    }
-
-    #[test]
-    fn published_sizes() {
-        assert_eq!(parameters(96, 6, 3, 32), 28_268_050);
-        assert_eq!(parameters(192, 18, 6, 64), 196_473_052);
     }
 }

@@ -58,6 +58,11 @@ pub fn keep(_: &str) -> Key {
     Key::Keep
 }
 
+/// Keeps every name but the counters of batch norms, which take no part.
+pub fn without_counters(name: &str) -> Key {
+    if name.ends_with(".num_batches_tracked") { Key::Drop } else { Key::Keep }
+}
+
 /// Nothing depends on the image size.
 pub fn fixed(_: &str, _: &Tensor<f32>, _: Shape, _: &Config) -> Result<Option<Tensor<f32>>> {
     Ok(None)

@@ -79,6 +79,18 @@ pub static FAMILIES: &[&Family] = &[
     &super::coat::FAMILY,
     &super::beit::FAMILY,
     &super::xvit::FAMILY,
+    &super::coc::FAMILY,
+    &super::dilateformer::FAMILY,
+    &super::resnet::FAMILY,
+    &super::t2t::FAMILY,
+    &super::pvt_model::FAMILY,
+    &super::um_swin_model::FAMILY,
+    &super::hpvit::FAMILY,
+    &super::gmm_vit::FAMILY,
+    &super::gmm_vit::ELM_FAMILY,
+    &super::vt_resnet::FAMILY,
+    &super::spvit::FAMILY,
+    &super::spvit_swin::FAMILY,
 ];
 
 /// Every family's variants, with their family.

@@ -160,9 +160,27 @@ impl DilatePatchEmbed {
 
     /// `dx`.
     pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: EmbedSaved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
+        let (first, x, d) = self.backward_to_first(p, g, saved, dy)?;
+        first.backward(p, g, &x, &d)
+    }
+
+    /// The gradients of the parameters alone.
+    pub fn backward_params<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: EmbedSaved<T>, dy: &Tensor<T>) -> Result<()> {
+        let (first, x, d) = self.backward_to_first(p, g, saved, dy)?;
+        first.backward_params(g, &x, &d)
+    }
+
+    /// The first convolution, its input and the gradient of its output.
+    fn backward_to_first<T: Float>(
+        &self,
+        p: &Params<T>,
+        g: &mut Params<T>,
+        saved: EmbedSaved<T>,
+        dy: &Tensor<T>,
+    ) -> Result<(&Conv2d, Tensor<T>, Tensor<T>)> {
         let EmbedSaved { x, mut stages } = saved;
         let stem = match &self.0 {
-            Kind::Patches(conv) => return conv.backward(p, g, &x, dy),
+            Kind::Patches(conv) => return Ok((conv, x, dy.clone())),
             Kind::Stem(stem) => stem,
         };
         let (mut d, mut conv) = (dy.clone(), &stem.last);
@@ -175,7 +193,7 @@ impl DilatePatchEmbed {
             d = norm.backward(p, g, &h, &saved, &d)?;
             conv = before;
         }
-        conv.backward(p, g, &x, &d)
+        Ok((conv, x, d))
     }
 
     /// What a forward pass on `[b, h, w]` costs, and the size of its output.

@@ -83,6 +83,11 @@ impl CocEmbed {
         without_coordinates(&self.0.backward(p, g, x, dy)?)
     }
 
+    /// The gradients of the parameters alone.
+    pub fn backward_params<T: Float>(&self, g: &mut Params<T>, x: &Tensor<T>, dy: &Tensor<T>) -> Result<()> {
+        self.0.backward_params(g, x, dy)
+    }
+
     /// What a forward pass on `[b, h, w]` costs, and the size of its output.
     pub fn cost(&self, [b, h, w]: [usize; 3]) -> Result<(Cost, [usize; 2])> {
         let input = Cost { flops: 0, activation_bytes: 4 * b * h * w * WITH_COORDINATES };
