@@ -1,5 +1,6 @@
 //! Networks: one file per architecture, composed of the rooms below, parameters named as published.
 
+pub mod accuracy;
 pub mod beit;
 pub mod beit_block;
 pub mod cait;
@@ -28,6 +29,7 @@ pub mod swin;
 pub mod swin_ops;
 pub mod t2t;
 pub mod t2t_block;
+pub mod trained;
 pub mod um_swin;
 pub mod vit;
 pub mod vit_block;
