@@ -225,7 +225,7 @@ fn images_of_every_kind() {
     let rgb = noise(height, width, 5);
     let plain = png(rgb.clone());
     let want = predict(&folder.put("rgb.png", &plain));
-    let mut same = |name: &str, bytes: &[u8]| assert_eq!(predict(&folder.put(name, bytes)), want, "{name}");
+    let same = |name: &str, bytes: &[u8]| assert_eq!(predict(&folder.put(name, bytes)), want, "{name}");
     let rgba = image::RgbaImage::from_fn(width, height, |x, y| {
         let Rgb([r, g, b]) = *rgb.get_pixel(x, y);
         Rgba([r, g, b, (x * 7) as u8])
@@ -319,10 +319,7 @@ fn accuracy_with_imagenet_folders() {
     let first = by_class.iter().find(|entry| entry["class"] == truth[0]).unwrap();
     assert!(by_class.len() == 3 && first["top1"] == 1.0 && first["name"] == classes[truth[0]].1.as_str(), "{figures}");
     let drawn = fs::read_to_string(svg).unwrap();
-    assert!(
-        truth.iter().all(|&class| drawn.contains(&classes[class].1)),
-        "{drawn}"
-    );
+    assert!(truth.iter().all(|&class| drawn.contains(&classes[class].1)), "{drawn}");
     good(&[&base[..], &["--confusion", &matrix]].concat());
     assert!(image::open(matrix).unwrap().width() > 100);
 

@@ -223,7 +223,7 @@ fn mean(heads: &[Tensor<f32>]) -> Result<Tensor<f32>> {
 /// `exp(zᵢ) / Σⱼ exp(zⱼ)`.
 pub fn softmax(logits: &[f32]) -> Vec<f64> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let terms: Vec<f64> = logits.iter().map(|&z| libm::exp(f64::from(z - max))).collect();
+    let terms: Vec<f64> = logits.iter().map(|&z| libm::exp(f64::from(z) - f64::from(max))).collect();
     let sum: f64 = terms.iter().sum();
     terms.into_iter().map(|x| x / sum).collect()
 }
