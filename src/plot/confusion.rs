@@ -108,11 +108,12 @@ impl Confusion {
         let longest = labels.iter().map(|label| label.chars().count()).max().unwrap_or(0);
         let left = MARGIN + longest * LETTER + 6;
         let bottom = TOP + n * cell;
-        let caption = "rows: true class, columns: predicted; shade: share of the row";
+        let other = if others { ", +: any other class" } else { "" };
+        let caption = format!("rows: true class, columns: predicted{other}, shade: share of the row");
         let widest = (left + columns * cell).max(MARGIN + LETTER * caption.len()).max(MARGIN + 9 * self.title.chars().count());
         let mut drawing = Drawing { size: [widest + MARGIN, bottom + BOTTOM], rects: Vec::new(), texts: Vec::new() };
         drawing.text([MARGIN, 24], Anchor::Start, true, INK, &self.title);
-        drawing.text([MARGIN, 42], Anchor::Start, false, INK, caption);
+        drawing.text([MARGIN, 42], Anchor::Start, false, INK, &caption);
         for (row, label) in labels.iter().enumerate() {
             drawing.text([left - 4, TOP + row * cell + (cell + 8) / 2], Anchor::End, false, INK, label);
         }
@@ -122,7 +123,7 @@ impl Confusion {
             drawing.text([left + column * cell + cell / 2, TOP - 5], Anchor::Middle, false, INK, &column.to_string());
         }
         if others && !labels.is_empty() {
-            drawing.text([left + n * cell + cell / 2, TOP - 5], Anchor::Middle, false, INK, "…");
+            drawing.text([left + n * cell + cell / 2, TOP - 5], Anchor::Middle, false, INK, "+");
         }
         for (row, counts) in self.counts.iter().enumerate() {
             let total: usize = counts.iter().sum();
@@ -237,7 +238,7 @@ mod tests {
         three().save(&png).unwrap();
         let text = std::fs::read_to_string(svg).unwrap();
         assert!(text.contains("a &lt; b") && text.contains("dog &amp; wolf 1"), "{text}");
-        for word in [">8</text>", ">2</text>", ">3</text>", ">1</text>", ">5</text>", ">…</text>"] {
+        for word in [">8</text>", ">2</text>", ">3</text>", ">1</text>", ">5</text>", ">+</text>"] {
             assert!(text.contains(word), "{word} in {text}");
         }
         let picture = image::open(png).unwrap().to_rgb8();
