@@ -116,7 +116,8 @@ fn bad_usage_exits_with_2_and_one_line() {
 
 #[test]
 fn every_command_has_help_with_an_example() {
-    for command in [&["verify"][..], &["case"], &["case", "new"], &["case", "show"], &["list"], &[]] {
+    for command in [&["verify"][..], &["case"], &["case", "new"], &["case", "show"], &["list"], &["predict"], &["eval"], &["features"], &[]]
+    {
         let help = exits(0, &[command, &["--help"]].concat());
         assert!(help.contains("Example") && help.contains("karat "), "{command:?}: {help}");
     }

@@ -4,9 +4,13 @@
 
 mod bench;
 mod case;
+mod eval;
+mod features;
 mod group;
 mod list;
+mod network;
 mod picture;
+mod predict;
 mod pretrain;
 mod probe;
 mod reconstruct;
@@ -47,6 +51,9 @@ enum Command {
     Pretrain(Box<pretrain::Pretrain>),
     Probe(probe::Probe),
     Reconstruct(reconstruct::Reconstruct),
+    Predict(predict::Predict),
+    Eval(eval::Eval),
+    Features(features::Features),
     Group(group::Group),
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -97,6 +104,9 @@ impl Cli {
             Command::Pretrain(command) => command.run(out),
             Command::Probe(command) => command.run(out),
             Command::Reconstruct(command) => command.run(out),
+            Command::Predict(command) => command.run(out),
+            Command::Eval(command) => command.run(out),
+            Command::Features(command) => command.run(out),
             Command::Group(command) => command.run(out),
             Command::Bench(command) => command.run(out, self.threads),
         }

@@ -12,7 +12,11 @@ use crate::{Error, Result};
 
 /// Decodes a file. See [`super::read_image`].
 pub(super) fn read(path: &Path) -> Result<Image<'static>> {
-    let size = fs::metadata(path).map_err(|e| Error::io(path, e))?.len();
+    let meta = fs::metadata(path).map_err(|e| Error::io(path, e))?;
+    let size = meta.len();
+    if meta.is_dir() {
+        return Err(Error::format(path, "a folder, expected a PNG or JPEG image"));
+    }
     if size == 0 {
         return Err(Error::format(path, "empty file, expected a PNG or JPEG image"));
     }
@@ -28,7 +32,11 @@ fn decode(path: &Path, bytes: &[u8]) -> Result<Image<'static>> {
     // The contents decide, not the extension: misnamed files are common.
     let format = match image::guess_format(bytes).ok() {
         Some(format @ (ImageFormat::Png | ImageFormat::Jpeg)) => format,
-        _ => return Err(Error::format(path, "neither a PNG nor a JPEG image: expected one of their signatures in the first bytes")),
+        Some(other) => {
+            let name = format!("{other:?}").to_uppercase();
+            return Err(Error::format(path, format!("{name}, neither a PNG nor a JPEG image: expected one of these")));
+        }
+        None => return Err(Error::format(path, "neither a PNG nor a JPEG image: expected one of their signatures in the first bytes")),
     };
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut limits = image::Limits::no_limits();

@@ -10,6 +10,7 @@ mod cifar;
 mod decode;
 mod folder;
 mod idx;
+pub mod imagenet;
 pub mod loader;
 pub mod npy;
 mod resample;
@@ -211,7 +212,7 @@ impl Dataset {
     }
 }
 
-/// Decodes a PNG or JPEG file. Alpha is dropped, 16 bits are rounded to 8, CMYK becomes RGB; the orientation in EXIF is ignored.
+/// Decodes a PNG or JPEG file, of an animated PNG the default image. Alpha is dropped, 16 bits are rounded to 8, CMYK becomes RGB; the orientation in EXIF is ignored.
 ///
 /// # Errors
 /// If the file cannot be read, is neither PNG nor JPEG, is damaged or cut short, or has more than [`MAX_PIXELS`] pixels.

@@ -1,5 +1,6 @@
 //! Networks: one file per architecture, composed of the rooms below, parameters named as published.
 
+pub mod accuracy;
 pub mod beit;
 pub mod beit_block;
 pub mod cait;
@@ -31,6 +32,7 @@ pub mod swin;
 pub mod swin_ops;
 pub mod t2t;
 pub mod t2t_block;
+pub mod trained;
 pub mod um_swin;
 pub mod um_swin_model;
 pub mod vit;

@@ -151,7 +151,11 @@ pub fn load(file: &Checkpoint, model: &Model, params: &mut Params<f32>, new_head
         return Ok(loaded);
     }
     let name = model.variant.name;
-    let advice = if lists[2].1.iter().any(|wrong| is_head(wrong)) { "; --new-head leaves the classifier out" } else { "" };
+    let advice = if lists[2].1.iter().any(|wrong| is_head(wrong)) {
+        "; --classes N for a classifier of N classes, --new-head to leave it out"
+    } else {
+        ""
+    };
     Err(file.error(format!("not the weights of `{name}`: {}{advice}", complaints.join("; "))))
 }
 

@@ -3,6 +3,7 @@
 use super::network::Built;
 use super::weights::Rules;
 use crate::case::{self, Config};
+use crate::data::Transform;
 use crate::data::transform::Normalization;
 use crate::error::{Error, Result};
 
@@ -66,6 +67,14 @@ impl Eval {
     /// The same with another part kept.
     pub const fn crop(self, crop: f64) -> Eval {
         Eval { crop, ..self }
+    }
+
+    /// The transform of RGB images: the shorter side becomes `⌊size / crop⌋` pixels, as in timm.
+    ///
+    /// # Errors
+    /// If the size is 0 or too large.
+    pub fn transform(&self) -> Result<Transform> {
+        Transform::evaluation(self.size, 3, (self.size as f64 / self.crop).floor() as usize, self.normalization)
     }
 }
 

@@ -12,6 +12,7 @@ use memmap2::Mmap;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
 use serde_json::Value;
 
+use super::pass::Named;
 use super::{Entry, Params};
 use crate::tensor::{Shape, Tensor, f16_to_f64};
 use crate::{Error, Result};
@@ -83,6 +84,21 @@ pub(crate) fn encode(items: &[Item], metadata: &[(&str, String)]) -> Vec<u8> {
     bytes
 }
 
+/// Writes `tensors` and `metadata` to `path`, atomically: a safetensors file with checksums.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn write_tensors(path: impl AsRef<Path>, tensors: &[Named<f32>], metadata: &[(&str, String)]) -> Result<()> {
+    let items: Vec<Item> =
+        tensors.iter().map(|(name, tensor)| Item { name: name.clone(), shape: tensor.shape(), values: tensor.data() }).collect();
+    crate::fs::write_atomic(path, &encode(&items, metadata))
+}
+
+/// Whether a file begins as `torch.save` writes it: a zip archive, or a bare pickle of protocol 2 to 5.
+fn is_torch(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"PK\x03\x04") || matches!(bytes, [0x80, 2..=5, ..])
+}
+
 /// A file of tensors, mapped into memory; its structure and checksums are verified.
 pub struct Checkpoint {
     path: PathBuf,
@@ -107,6 +123,9 @@ impl Checkpoint {
         #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
         let broken = |e: safetensors::SafeTensorError| {
+            if is_torch(&map) {
+                return Error::format(path, "a PyTorch file, expected safetensors: convert it with reference/convert.py");
+            }
             let message = e.to_string().replace('\n', " ");
             Error::format(path, format!("not a whole safetensors file ({message}); damaged or cut short"))
         };

@@ -44,7 +44,7 @@ pub mod spvit_mlp;
 
 pub use batch_norm::BatchNorm2d;
 pub use cells::{CellConv, Cells};
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, write_tensors};
 pub(crate) use checkpoint::{encode, items};
 pub use cogview_norm::CogViewNorm;
 pub use conv::{Conv2d, ConvSettings};
@@ -63,7 +63,7 @@ pub use mlp::Mlp;
 pub use norm::{LayerNorm, Stats};
 pub use objective::{Batch, Loss, Objective};
 pub use param::{Entry, Init, Layout, Names, Param, Params};
-pub use pass::{Pass, StepKey, Watch};
+pub use pass::{Named, Pass, StepKey, Watch};
 pub use patch_embed::PatchEmbed;
 pub use peg::Peg;
 pub use soft_split::SoftSplit;

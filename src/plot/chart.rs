@@ -133,7 +133,7 @@ impl Chart {
 }
 
 /// Text inside an SVG element; characters that XML forbids are left out.
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     let mut out = String::new();
     for c in text.chars() {
         match c {
