@@ -301,7 +301,7 @@ fn teacher(teacher: &TeacherConfig, config: &TrainConfig, settings: &FineTune) -
     let classes = own.as_ref().map_or(&settings.class_names, |own| &own.class_names);
     if *classes != settings.class_names {
         return Err(file.error(format!(
-            "the teacher has other classes: {} of them, the images have {}",
+            "the teacher has other classes: {}, the images have {}",
             classes.len(),
             settings.class_names.len()
         )));

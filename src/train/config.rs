@@ -133,6 +133,11 @@ impl TrainConfig {
         let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
         let wrong = |message: String| Error::format(path, message.replace('\n', " ").trim_end().to_string());
         let file: serde_json::Map<String, Value> = toml::from_str(&text).map_err(|e| wrong(format!("not TOML: {e}")))?;
+        if let Some(method) = file.get("method").and_then(Value::as_str)
+            && (method == CLASSIFICATION) != self.finetune.is_some()
+        {
+            return Err(wrong(format!("configuration key `method`: {method} is for another command")));
+        }
         let mut all = self.to_json();
         let length = ["epochs", "steps"];
         if let Value::Object(map) = &mut all {
@@ -141,11 +146,7 @@ impl TrainConfig {
             }
             map.extend(file);
         }
-        let config = Self::from_json(&all.to_string()).map_err(|e| wrong(e.to_string()))?;
-        match config.finetune.is_some() == self.finetune.is_some() {
-            true => Ok(config),
-            false => Err(wrong(format!("configuration key `method`: {}, not of this command", config.method))),
-        }
+        Self::from_json(&all.to_string()).map_err(|e| wrong(e.to_string()))
     }
 
     /// Reads what [`TrainConfig::to_json`] wrote.

@@ -3,11 +3,10 @@
 //!
 //! The number of a parameter's layer comes from its name and its place in the layout:
 //!
-//! - the **blocks** are counted 1, 2, … in the order of the layout. A block's name ends at a number behind a component that contains
-//!   `block`: `blocks.3`, `layers.1.blocks.0`, `block2.1`, `cls_attn_blocks.0`;
-//! - a parameter outside of those belongs to a **stage** if its name has a number behind a component that begins with `layer` or
-//!   `stage`: `layer3.1` of a ResNet is counted like a block. Where the network has blocks, what else is in a stage (a Swin's
-//!   `layers.0.downsample`) lies between blocks;
+//! - the **blocks** are counted 1, 2, … in the order of the layout. A block's name ends at the number, or numbers, behind a component
+//!   that contains `block`: `blocks.3`, `layers.1.blocks.0`, `block2.1`, `blocks.0.1`, `cls_attn_blocks.0`;
+//! - in a network without blocks the **stages** are counted: numbers behind a component that begins with `layer`, `stage` or `network`,
+//!   such as `layer3.1` in a ResNet;
 //! - **0** is what comes before the first block, and position tables and tokens wherever they are;
 //! - what lies **between** blocks learns like the block before it;
 //! - what comes after the last block, norm and head, is the **top**: the number of blocks plus 1.
@@ -26,10 +25,10 @@ pub fn layer_rates(layout: &Layout, decay: f64) -> BTreeMap<String, f64> {
         kind = is_stage;
     }
     let mut units: Vec<&str> = Vec::new();
-    let mut last = 0;
+    let mut last = None;
     for (index, name) in names.iter().enumerate() {
         if let Some(unit) = unit(name, kind) {
-            last = index;
+            last = Some(index);
             if !units.contains(&unit) {
                 units.push(unit);
             }
@@ -45,7 +44,7 @@ pub fn layer_rates(layout: &Layout, decay: f64) -> BTreeMap<String, f64> {
                 before
             }
             None if name.contains("pos_embed") || name.ends_with("_token") => 0,
-            None if index > last => top,
+            None if last.is_none_or(|last| index > last) => top,
             None => before,
         };
         // Repeated products: the same bits on every machine.
@@ -56,26 +55,27 @@ pub fn layer_rates(layout: &Layout, decay: f64) -> BTreeMap<String, f64> {
 }
 
 fn is_block(component: &str) -> bool {
-    component.contains("block")
+    component.contains("block") && !component.starts_with("pos_")
 }
 
 fn is_stage(component: &str) -> bool {
-    component.starts_with("layer") || component.starts_with("stage")
+    ["layer", "stage", "network"].iter().any(|begin| component.starts_with(begin))
 }
 
-/// The beginning of `name` up to the number behind its first component of this kind.
+/// The beginning of `name` up to the numbers behind its first component of this kind.
 fn unit(name: &str, kind: fn(&str) -> bool) -> Option<&str> {
-    let mut end = 0;
-    let mut wanted = false;
+    let (mut at, mut end, mut wanted) = (0, None, false);
     for component in name.split('.') {
-        end += component.len();
-        if wanted && component.bytes().all(|b| b.is_ascii_digit()) {
-            return Some(&name[..end]);
+        let number = component.bytes().all(|b| b.is_ascii_digit());
+        if wanted && number {
+            end = Some(at + component.len());
+        } else if end.is_some() {
+            break;
         }
-        wanted = kind(component);
-        end += 1;
+        wanted = kind(component) || (wanted && number);
+        at += component.len() + 1;
     }
-    None
+    end.map(|end| &name[..end])
 }
 
 #[cfg(test)]
@@ -124,6 +124,11 @@ mod tests {
         assert_eq!(layers(&cait), [0, 0, 0, 1, 2, 3, 4]);
         let resnet = ["conv1.weight", "layer1.0.conv1.weight", "layer1.1.conv1.weight", "layer2.0.downsample.0.weight", "fc.weight"];
         assert_eq!(layers(&resnet), [0, 1, 2, 3, 4]);
+        let twins =
+            ["patch_embeds.0.proj.weight", "blocks.0.0.a", "blocks.0.1.a", "pos_block.0.proj.0.weight", "blocks.1.0.mlp.0.b", "head.bias"];
+        assert_eq!(layers(&twins), [0, 1, 2, 2, 3, 4]);
+        let coc = ["patch_embed.proj.weight", "network.0.0.norm1.weight", "network.0.1.norm1.weight", "network.1.proj.weight", "norm.bias"];
+        assert_eq!(layers(&coc), [0, 1, 2, 3, 4]);
         assert_eq!(layers(&["a.weight", "b.weight"]), [0, 0], "no blocks: the top is all there is");
     }
 }
