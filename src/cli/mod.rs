@@ -6,6 +6,7 @@ mod bench;
 mod case;
 mod eval;
 mod features;
+mod finetune;
 mod group;
 mod list;
 mod network;
@@ -13,16 +14,19 @@ mod picture;
 mod predict;
 mod pretrain;
 mod probe;
+mod progress;
 mod reconstruct;
 mod verify;
 
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::error::{Error, Result};
+use crate::train::{STATE, TrainConfig, prepare_folder};
 
 /// What a command that ran to its end found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +53,7 @@ enum Command {
     Case(case::Case),
     List(list::List),
     Pretrain(Box<pretrain::Pretrain>),
+    Finetune(Box<finetune::Finetune>),
     Probe(probe::Probe),
     Reconstruct(reconstruct::Reconstruct),
     Predict(predict::Predict),
@@ -102,6 +107,7 @@ impl Cli {
             Command::Case(command) => command.run(out),
             Command::List(command) => command.run(out),
             Command::Pretrain(command) => command.run(out),
+            Command::Finetune(command) => command.run(out),
             Command::Probe(command) => command.run(out),
             Command::Reconstruct(command) => command.run(out),
             Command::Predict(command) => command.run(out),
@@ -111,6 +117,23 @@ impl Cli {
             Command::Bench(command) => command.run(out, self.threads),
         }
     }
+}
+
+/// Refuses to start a run in a folder that holds one.
+fn new_run(folder: &Path) -> Result<()> {
+    let name = folder.display();
+    match folder.join(STATE).exists() {
+        false => Ok(()),
+        true => Err(Error::usage(format!("{name} already holds a run: continue it with --resume {name}, or choose another --out"))),
+    }
+}
+
+/// Makes the folder of a run, with its configuration in it.
+fn write_config(folder: &Path, config: &TrainConfig) -> Result<()> {
+    prepare_folder(folder)?;
+    let path = folder.join("config.toml");
+    let toml = toml::to_string(&config.to_json()).map_err(|e| Error::format(&path, e.to_string()))?;
+    crate::fs::write_atomic(&path, toml.as_bytes())
 }
 
 /// A bar on standard error for work of `steps` steps: shown on a terminal only.

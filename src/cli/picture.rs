@@ -1,4 +1,4 @@
-//! The two pictures of a training run: the loss curve (SVG) and reconstructions (PNG).
+//! The pictures of a training run: the curves of loss and accuracy (SVG) and reconstructions (PNG).
 
 use std::fmt::Write;
 use std::path::Path;
@@ -9,6 +9,7 @@ use crate::data::transform::Normalization;
 use crate::fs::write_atomic;
 use crate::mim::MaskedModel;
 use crate::nn::{Params, StepKey};
+use crate::plot::{Chart, Series, save_line_chart};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 
@@ -109,4 +110,14 @@ pub fn loss_curve(path: &Path, losses: &[(u64, f64)], title: &str) -> Result<()>
     }
     svg.push_str("</svg>\n");
     write_atomic(path, svg.as_bytes())
+}
+
+/// Writes the accuracies (top-1 and top-5, fractions) over the steps as an SVG, in per cent.
+pub fn accuracy_curve(path: &Path, accuracies: &[(u64, [f64; 2])], title: &str) -> Result<()> {
+    let series = ["top-1", "top-5"].iter().enumerate().map(|(i, name)| Series {
+        name: (*name).into(),
+        points: accuracies.iter().map(|(step, top)| (*step as f64, 100.0 * top[i])).collect(),
+    });
+    let (x_label, y_label) = ("step".into(), "accuracy on the test images, %".into());
+    save_line_chart(path, &Chart { title: title.into(), x_label, y_label, series: series.collect(), ..Chart::default() })
 }

@@ -1,22 +1,19 @@
 //! `karat pretrain`: masked image modeling.
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{Outcome, picture, say};
+use super::progress::Progress;
+use super::{Outcome, new_run, picture, say, write_config};
+use crate::Result;
 use crate::data::{Dataset, Loader, LoaderOptions, Split};
-use crate::fs::write_atomic;
 use crate::mim::{MaskedModel, methods};
 use crate::nn::StepKey;
 use crate::tensor::Tensor;
-use crate::train::{
-    CHECKPOINT, Checkpoint, Length, METRICS, STATE, StepReport, TrainConfig, Trainer, prepare_folder, read_metrics, saved_config,
-};
-use crate::{Error, Result};
+use crate::train::{CHECKPOINT, Checkpoint, Length, METRICS, STATE, TrainConfig, Trainer, read_metrics, saved_config};
 
 /// Pre-train a network by masked image modeling
 ///
@@ -107,12 +104,7 @@ impl Pretrain {
             None => {
                 let config = self.config().checked()?;
                 let folder = self.out.clone().unwrap_or_else(|| Path::new("runs").join(format!("{}-{}", config.method, config.model)));
-                if folder.join(STATE).exists() {
-                    let name = folder.display();
-                    return Err(Error::usage(format!(
-                        "{name} already holds a run: continue it with --resume {name}, or choose another --out"
-                    )));
-                }
+                new_run(&folder)?;
                 (config, folder, None)
             }
         };
@@ -137,9 +129,7 @@ fn train(trainer: &mut Trainer, objective: &dyn MaskedModel, data: &Dataset, fol
     let (done, steps) = trainer.progress();
     // Read before the hours of training, not after.
     let pictured = pictured(&config, objective.image_shape())?;
-    prepare_folder(folder)?;
-    let toml = toml::to_string(&config.to_json()).map_err(|e| Error::format(folder.join("config.toml"), e.to_string()))?;
-    write_atomic(folder.join("config.toml"), toml.as_bytes())?;
+    write_config(folder, &config)?;
     say(
         out,
         format!(
@@ -181,56 +171,4 @@ fn pictured(config: &TrainConfig, (size, channels): (usize, usize)) -> Result<Te
     let options = LoaderOptions { batch, seed: config.seed, shuffle: false, drop_last: false };
     let loader = Loader::new(&test, config.test_transform((size, channels))?, options)?;
     Tensor::new([batch, channels, size, size], &loader.epoch(0).batch(0)?.images)
-}
-
-/// A bar on a terminal, a line now and then elsewhere.
-struct Progress {
-    bar: Option<ProgressBar>,
-    first: u64,
-    started: Instant,
-    said: Instant,
-    loss: f64,
-    rate: f64,
-}
-
-impl Progress {
-    fn new(done: u64, steps: u64) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::new(steps).with_position(done);
-            if let Ok(style) = ProgressStyle::with_template("{wide_bar} step {pos}/{len}  {msg}") {
-                bar.set_style(style);
-            }
-            bar
-        });
-        Progress { bar, first: done, started: Instant::now(), said: Instant::now(), loss: 0.0, rate: 0.0 }
-    }
-
-    fn step(&mut self, report: &StepReport) {
-        const KEEP: f64 = 0.95;
-        let done = report.step - self.first;
-        // Exponential means, without the pull of their start.
-        let start = 1.0 - KEEP.powf(done as f64);
-        self.loss = KEEP * self.loss + (1.0 - KEEP) * report.loss;
-        self.rate = KEEP * self.rate + (1.0 - KEEP) * report.images_per_second();
-        let left = self.started.elapsed().as_secs_f64() / done as f64 * (report.steps - report.step) as f64;
-        let clock = format!("{}:{:02}", left as u64 / 60, left as u64 % 60);
-        let message = format!("loss {:.4}  {:.0} images/s  {clock} left", self.loss / start, self.rate / start);
-        match &self.bar {
-            Some(bar) => {
-                bar.set_position(report.step);
-                bar.set_message(message);
-            }
-            None if done == 1 || report.step == report.steps || self.said.elapsed() > Duration::from_secs(10) => {
-                self.said = Instant::now();
-                eprintln!("step {}/{}  epoch {}  {message}", report.step, report.steps, report.epoch + 1);
-            }
-            None => {}
-        }
-    }
-
-    fn finish(&self) {
-        if let Some(bar) = &self.bar {
-            bar.abandon();
-        }
-    }
 }

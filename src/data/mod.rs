@@ -5,6 +5,7 @@
 //!
 //! Images are 8-bit, grey or RGB, rows first: `[height, width, channels]`.
 
+pub mod augment;
 mod cifar;
 #[cfg(feature = "cli")]
 mod decode;
@@ -13,6 +14,7 @@ mod idx;
 pub mod imagenet;
 pub mod loader;
 pub mod npy;
+mod pillow;
 mod resample;
 pub mod transform;
 
@@ -180,6 +182,46 @@ impl Dataset {
         self.labels[index] as usize
     }
 
+    /// The first images of each class, `limit` in all: one of each class after another until there are enough. In the order of the set.
+    ///
+    /// # Errors
+    /// Unless `limit` is 1 to the number of images.
+    pub fn balanced(&self, limit: usize) -> Result<Dataset> {
+        if limit == 0 || limit > self.len() {
+            return Err(Error::config("limit", format!("{limit}, expected 1 to {}, the images of `{}`", self.len(), self.name)));
+        }
+        let mut available = vec![0; self.class_names.len()];
+        self.labels.iter().for_each(|&label| available[label as usize] += 1);
+        let mut quota = vec![0usize; available.len()];
+        let mut left = limit;
+        while left > 0 {
+            for (quota, available) in quota.iter_mut().zip(&available) {
+                if left > 0 && *quota < *available {
+                    (*quota, left) = (*quota + 1, left - 1);
+                }
+            }
+        }
+        let chosen: Vec<usize> = (0..self.len())
+            .filter(|&i| {
+                let quota = &mut quota[self.label(i)];
+                let take = *quota > 0;
+                *quota = quota.saturating_sub(1);
+                take
+            })
+            .collect();
+        let store = match &self.store {
+            &Store::Memory { height, width, channels, ref pixels } => {
+                let size = height * width * channels;
+                let pixels = chosen.iter().flat_map(|i| &pixels[i * size..(i + 1) * size]).copied().collect();
+                Store::Memory { height, width, channels, pixels }
+            }
+            Store::Files(files) => Store::Files(chosen.iter().map(|&i| files[i].clone()).collect()),
+        };
+        let labels = chosen.iter().map(|&i| self.labels[i]).collect();
+        let (name, class_names) = (self.name.clone(), self.class_names.clone());
+        Ok(Dataset { name, class_names, labels, store, held_out: self.held_out })
+    }
+
     /// False if the same images serve for training and test (an image folder without `train` and `test`).
     pub fn held_out(&self) -> bool {
         self.held_out
@@ -248,6 +290,22 @@ fn read_names(path: &Path) -> Result<Option<Vec<String>>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// As many of each class as possible, the first ones, the pixels with their labels.
+    #[test]
+    fn balanced_subsets() {
+        let data = Dataset::builtin(Split::Test).unwrap();
+        let some = data.balanced(23).unwrap();
+        let counts: Vec<usize> = (0..10).map(|class| (0..23).filter(|&i| some.label(i) == class).count()).collect();
+        assert_eq!(counts, [3, 3, 3, 2, 2, 2, 2, 2, 2, 2]);
+        let first: Vec<usize> = (0..data.len()).filter(|&i| data.label(i) == 4).take(2).collect();
+        let got: Vec<usize> = (0..23).filter(|&i| some.label(i) == 4).collect();
+        for (a, b) in first.into_iter().zip(got) {
+            assert_eq!(data.image(a).unwrap(), some.image(b).unwrap());
+        }
+        assert_eq!(data.balanced(1000).unwrap().labels, data.labels);
+        assert!(data.balanced(1001).unwrap_err().to_string().contains("1 to 1000") && data.balanced(0).is_err());
+    }
 
     #[test]
     fn builtin_is_balanced_and_real() {

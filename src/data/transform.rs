@@ -10,6 +10,8 @@
 use std::cell::RefCell;
 
 use super::Image;
+use super::augment::{RandAugment, RandomErasing};
+use super::pillow::Bitmap;
 use super::resample::{Scratch, View, resize};
 use crate::tensor::random::Rng;
 use crate::{Error, Result};
@@ -79,6 +81,10 @@ pub struct Transform {
     rule: CropRule,
     /// The normalised float of each 8-bit value, per channel.
     table: [[f32; 256]; 3],
+    /// The mean colour: what augmentation puts where an image has no pixels.
+    fill: [u8; 3],
+    augment: Option<RandAugment>,
+    erasing: Option<RandomErasing>,
 }
 
 thread_local! {
@@ -122,7 +128,8 @@ impl Transform {
             return Err(Error::config("normalization", format!("mean {mean:?}, std {std:?}; expected finite means, positive deviations")));
         }
         let table = std::array::from_fn(|c| std::array::from_fn(|v| (v as f32 / 255.0 - mean[c]) / std[c]));
-        Ok(Transform { size, channels, rule, table })
+        let fill = mean.map(|m| (255.0 * m).round() as u8);
+        Ok(Transform { size, channels, rule, table, fill, augment: None, erasing: None })
     }
 
     /// Random resized crop with `scale`, ratio 3/4 to 4/3, flip with probability 1/2.
@@ -139,6 +146,12 @@ impl Transform {
     /// As [`Transform::new`].
     pub fn evaluation(size: usize, channels: usize, resize: usize, normalization: Normalization) -> Result<Self> {
         Self::new(size, channels, CropRule::Center { resize }, normalization)
+    }
+
+    /// The same with random augmentation in 8 bits after crop and flip, and random erasing after normalisation.
+    #[must_use]
+    pub fn augmented(self, augment: Option<RandAugment>, erasing: Option<RandomErasing>) -> Self {
+        Transform { augment, erasing, ..self }
     }
 
     /// Side of the result in pixels.
@@ -195,21 +208,41 @@ impl Transform {
         Crop { top, left, height: h, width: w, flip: rng.chance(flip) }
     }
 
-    /// Draws a crop and applies it: `image` to `out` `[channels, size, size]`. The centre rule draws nothing from `rng`.
+    /// Draws a crop and applies it, then what [`augmented`](Self::augmented) asks for: `image` to `out` `[channels, size, size]`. The
+    /// centre rule draws nothing from `rng`.
     ///
     /// # Errors
     /// If `out` has another length than [`Transform::len`], or the image's sizes don't fit its pixels.
     pub fn apply(&self, image: &Image, rng: &mut Rng, out: &mut [f32]) -> Result<()> {
         check_image(image)?;
         let crop = self.draw(image.height, image.width, rng);
-        self.apply_crop(image, crop, out)
+        match self.augment {
+            None => self.apply_crop(image, crop, out)?,
+            Some(augment) => self.with_pixels(image, crop, out, |view, out| {
+                let mut bitmap = self.cut(view, crop.flip);
+                // Pictures in grey have one fill, the mean's luma.
+                let fill = if bitmap.channels == 1 { [luma(&self.fill); 3] } else { self.fill };
+                augment.apply(&mut bitmap, fill, rng);
+                let view = View { pixels: &bitmap.pixels, stride: self.size, channels: bitmap.channels, origin: (0, 0), size: view.size };
+                self.normalize(view, false, out);
+            })?,
+        }
+        if let Some(erasing) = self.erasing {
+            erasing.apply(out, self.size, rng);
+        }
+        Ok(())
     }
 
-    /// Applies a crop that [`Transform::draw`] (of this or another transform) chose.
+    /// Applies a crop that [`Transform::draw`] (of this or another transform) chose, without augmentation.
     ///
     /// # Errors
     /// As [`Transform::apply`], or if the crop does not lie inside the image.
     pub fn apply_crop(&self, image: &Image, crop: Crop, out: &mut [f32]) -> Result<()> {
+        self.with_pixels(image, crop, out, |view, out| self.normalize(view, crop.flip, out))
+    }
+
+    /// `finish` on the `size`×`size` pixels of the crop at a view's origin, before the flip, and the result.
+    fn with_pixels(&self, image: &Image, crop: Crop, out: &mut [f32], finish: impl FnOnce(View, &mut [f32])) -> Result<()> {
         check_image(image)?;
         if out.len() != self.len() {
             return Err(Error::shape("transformed image", [self.channels, self.size, self.size], [out.len()]));
@@ -242,16 +275,32 @@ impl Transform {
             if full == view.size {
                 // Nothing to resize: straight from the image.
                 let origin = (view.origin.0 + top, view.origin.1 + left);
-                self.normalize(View { origin, ..view }, crop.flip, out);
+                finish(View { origin, ..view }, out);
             } else {
                 pixels.clear();
                 pixels.resize(self.size * self.size * view.channels, 0);
                 resize(view, full, rows, columns, scratch, pixels);
                 let result = View { pixels, stride: self.size, channels: view.channels, origin: (0, 0), size: (self.size, self.size) };
-                self.normalize(result, crop.flip, out);
+                finish(result, out);
             }
         });
         Ok(())
+    }
+
+    /// The `size`×`size` pixels at the view's origin, flipped, on their own.
+    fn cut(&self, view: View, flip: bool) -> Bitmap {
+        let (n, c) = (self.size, view.channels);
+        let mut pixels = Vec::with_capacity(n * n * c);
+        for y in 0..n {
+            let start = ((view.origin.0 + y) * view.stride + view.origin.1) * c;
+            let row = &view.pixels[start..start + n * c];
+            if flip {
+                row.rchunks_exact(c).for_each(|pixel| pixels.extend_from_slice(pixel));
+            } else {
+                pixels.extend_from_slice(row);
+            }
+        }
+        Bitmap { height: n, width: n, channels: c, pixels }
     }
 
     /// The `size`×`size` pixels at the view's origin to float planes.
@@ -284,7 +333,7 @@ fn check_image(image: &Image) -> Result<()> {
 }
 
 /// ITU-R 601 luma in 16-bit fixed point, as Pillow's mode `L`.
-fn luma(&[r, g, b]: &[u8; 3]) -> u8 {
+pub(super) fn luma(&[r, g, b]: &[u8; 3]) -> u8 {
     ((u32::from(r) * 19595 + u32::from(g) * 38470 + u32::from(b) * 7471 + 0x8000) >> 16) as u8
 }
 
@@ -407,6 +456,27 @@ mod tests {
         let rgb = noise(8, 6, 3);
         transform.apply(&rgb, &mut rng(0), &mut out).unwrap();
         assert_eq!(out[36], (f32::from(rgb.pixels[6 * 3 + 1]) / 255.0 - norm.mean[1]) / norm.std[1]);
+    }
+
+    /// Augmentation works on the very pixels, flipped, that are else normalised; it changes pictures, in grey and in colour.
+    #[test]
+    fn augmented_at_magnitude_0() {
+        let plain = Transform::training(9, 3, (0.3, 1.0), Normalization::IMAGENET).unwrap();
+        let with = |ops, magnitude| plain.clone().augmented(Some(RandAugment::new(ops, magnitude).unwrap()), None);
+        for channels in [1, 3] {
+            let image = noise(31, 45, channels);
+            let run = |transform: &Transform, i| {
+                let mut out = vec![f32::NAN; transform.len()];
+                transform.apply(&image, &mut rng(i), &mut out).unwrap();
+                out
+            };
+            let equal = |transform: &Transform| (0..60).filter(|&i| run(transform, i) == run(&plain, i)).count();
+            // Only auto-contrast and equalisation (2 of 14) do anything.
+            assert!((45..60).contains(&equal(&with(1, 0.0))), "{}", equal(&with(1, 0.0)));
+            assert!(equal(&with(2, 9.0)) < 20);
+            let erased = plain.clone().augmented(None, Some(RandomErasing::new(0.5).unwrap()));
+            assert!((20..40).contains(&equal(&erased)), "{}", equal(&erased));
+        }
     }
 
     #[test]

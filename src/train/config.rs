@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use super::finetune::{CLASSIFICATION, FineTune};
 use super::schedule::Schedule;
 use crate::case::Config;
 use crate::data::transform::Normalization;
@@ -59,6 +60,8 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Steps between two saves; 0 for one save per epoch.
     pub save_every: u64,
+    /// The settings of fine-tuning; none for pre-training.
+    pub finetune: Option<FineTune>,
 }
 
 impl Default for TrainConfig {
@@ -81,11 +84,24 @@ impl Default for TrainConfig {
             crop: 0.5,
             seed: 0,
             save_every: 0,
+            finetune: None,
         }
     }
 }
 
 impl TrainConfig {
+    /// The defaults of fine-tuning.
+    pub fn classification() -> Self {
+        TrainConfig {
+            method: CLASSIFICATION.into(),
+            model: "vit_micro".into(),
+            length: Length::Epochs(5),
+            betas: (0.9, 0.999),
+            finetune: Some(FineTune::default()),
+            ..TrainConfig::default()
+        }
+    }
+
     /// The configuration as a JSON object.
     pub fn to_json(&self) -> Value {
         let (key, n) = match self.length {
@@ -102,7 +118,35 @@ impl TrainConfig {
         if let Some(ratio) = self.mask_ratio {
             object["mask_ratio"] = ratio.into();
         }
+        if let (Some(finetune), Value::Object(map)) = (&self.finetune, &mut object) {
+            finetune.write(map);
+        }
         object
+    }
+
+    /// Reads a TOML file such as a run's `config.toml`; `self` has what it does not say.
+    ///
+    /// # Errors
+    /// If it cannot be read or is no TOML; as [`TrainConfig::from_json`].
+    #[cfg(feature = "cli")]
+    pub fn updated_from(&self, path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+        let wrong = |message: String| Error::format(path, message.replace('\n', " ").trim_end().to_string());
+        let file: serde_json::Map<String, Value> = toml::from_str(&text).map_err(|e| wrong(format!("not TOML: {e}")))?;
+        if let Some(method) = file.get("method").and_then(Value::as_str)
+            && (method == CLASSIFICATION) != self.finetune.is_some()
+        {
+            return Err(wrong(format!("configuration key `method`: {method} is for another command")));
+        }
+        let mut all = self.to_json();
+        let length = ["epochs", "steps"];
+        if let Value::Object(map) = &mut all {
+            if length.iter().any(|key| file.contains_key(*key)) {
+                map.retain(|key, _| !length.contains(&key.as_str()));
+            }
+            map.extend(file);
+        }
+        Self::from_json(&all.to_string()).map_err(|e| wrong(e.to_string()))
     }
 
     /// Reads what [`TrainConfig::to_json`] wrote.
@@ -139,6 +183,7 @@ impl TrainConfig {
             crop: c.f64("crop")?,
             seed: uint("seed")?,
             save_every: uint("save_every")?,
+            finetune: if c.str("method")? == CLASSIFICATION { Some(FineTune::read(&c)?) } else { None },
         };
         let known = config.to_json();
         if let Some(key) = c.keys().find(|key| known.get(key).is_none()) {
@@ -153,10 +198,6 @@ impl TrainConfig {
     /// # Errors
     /// One that names the key.
     pub fn checked(mut self) -> Result<Self> {
-        let range = |key: &str, x: f64, ok: bool, expected: &str| match ok && x.is_finite() {
-            true => Ok(format!("{x:.14e}").parse::<f64>().unwrap_or(x)),
-            false => Err(Error::config(key, format!("{x}, expected {expected}"))),
-        };
         let at_least_0 = |key: &str, x: f64| range(key, x, x >= 0.0, "a finite number, at least 0");
         let below_1 = |key: &str, x: f64| range(key, x, (0.0..1.0).contains(&x), "at least 0, less than 1");
         self.lr = at_least_0("lr", self.lr)?;
@@ -169,6 +210,7 @@ impl TrainConfig {
         if let Some(ratio) = self.mask_ratio {
             self.mask_ratio = Some(range("mask_ratio", ratio, (0.0..=1.0).contains(&ratio), "0 to 1")?);
         }
+        self.finetune = self.finetune.map(FineTune::checked).transpose()?;
         // TOML and many readers of JSON have signed or floating-point integers only.
         if self.seed > 1 << 53 {
             return Err(Error::config("seed", format!("{}, expected at most 2^53", self.seed)));
@@ -206,15 +248,21 @@ impl TrainConfig {
 
     /// How pixels become the network's input.
     pub fn normalization(&self) -> Normalization {
-        if self.data == BUILTIN { Normalization::FASHION_MNIST } else { Normalization::IMAGENET }
+        match &self.finetune {
+            Some(finetune) => finetune.normalization,
+            None if self.data == BUILTIN => Normalization::FASHION_MNIST,
+            None => Normalization::IMAGENET,
+        }
     }
 
-    /// Random resized crop and flip, to images of side `size` and `channels`.
+    /// Random resized crop and flip, to images of side `size` and `channels`; in fine-tuning with its augmentation.
     ///
     /// # Errors
     /// As [`Transform::new`].
     pub fn training_transform(&self, (size, channels): (usize, usize)) -> Result<Transform> {
-        Transform::training(size, channels, (self.crop, 1.0), self.normalization())
+        let transform = Transform::training(size, channels, (self.crop, 1.0), self.normalization())?;
+        let (augment, erasing) = self.finetune.as_ref().map_or(Ok((None, None)), FineTune::augmentation)?;
+        Ok(transform.augmented(augment, erasing))
     }
 
     /// The whole image (its centre square), to images of side `size` and `channels`.
@@ -223,5 +271,13 @@ impl TrainConfig {
     /// As [`Transform::new`].
     pub fn test_transform(&self, (size, channels): (usize, usize)) -> Result<Transform> {
         Transform::evaluation(size, channels, size, self.normalization())
+    }
+}
+
+/// `x` rounded to 15 digits if it is `ok`, else an error that names the key.
+pub(super) fn range(key: &str, x: f64, ok: bool, expected: &str) -> Result<f64> {
+    match ok && x.is_finite() {
+        true => Ok(format!("{x:.14e}").parse::<f64>().unwrap_or(x)),
+        false => Err(Error::config(key, format!("{x}, expected {expected}"))),
     }
 }

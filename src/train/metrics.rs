@@ -1,4 +1,4 @@
-//! `metrics.jsonl`: one JSON object per optimizer step.
+//! `metrics.jsonl`: one JSON object per optimizer step, and one per evaluation.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufWriter, Write};
@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::evaluation::Accuracy;
 use crate::{Error, Result};
 
 /// The file's name.
@@ -45,16 +46,32 @@ pub(crate) struct Metrics {
     file: BufWriter<File>,
 }
 
-/// The step and loss of each line of `path` up to the first one that is not whole (a crash may have torn the last one).
-pub fn read(path: &Path) -> Result<Vec<(u64, f64)>> {
-    let text = fs::read(path).map_err(|e| Error::io(path, e))?;
-    Ok(whole_lines(&text).map(|(_, step, loss)| (step, loss)).collect())
+/// What a line reports of its step.
+enum Line {
+    Loss(f64),
+    Accuracy([f64; 2]),
 }
 
-fn whole_lines(text: &[u8]) -> impl Iterator<Item = (&[u8], u64, f64)> {
+/// The step and loss of each line of `path` that has one, up to the first line that is not whole (a crash may have torn the last one).
+pub fn read(path: &Path) -> Result<Vec<(u64, f64)>> {
+    let text = fs::read(path).map_err(|e| Error::io(path, e))?;
+    Ok(whole_lines(&text).filter_map(|(_, step, line)| if let Line::Loss(loss) = line { Some((step, loss)) } else { None }).collect())
+}
+
+/// The step and the accuracies, top-1 and top-5, of each evaluation in `path`.
+pub fn read_accuracies(path: &Path) -> Result<Vec<(u64, [f64; 2])>> {
+    let text = fs::read(path).map_err(|e| Error::io(path, e))?;
+    Ok(whole_lines(&text).filter_map(|(_, step, line)| if let Line::Accuracy(top) = line { Some((step, top)) } else { None }).collect())
+}
+
+fn whole_lines(text: &[u8]) -> impl Iterator<Item = (&[u8], u64, Line)> {
     text.split_inclusive(|&b| b == b'\n').map_while(|line| {
         let value: Value = serde_json::from_slice(line.strip_suffix(b"\n")?).ok()?;
-        Some((line, value["step"].as_u64()?, value["loss"].as_f64()?))
+        let what = match value["loss"].as_f64() {
+            Some(loss) => Line::Loss(loss),
+            None => Line::Accuracy([value["top1"].as_f64()?, value["top5"].as_f64()?]),
+        };
+        Some((line, value["step"].as_u64()?, what))
     })
 }
 
@@ -83,6 +100,13 @@ impl Metrics {
             r.images_per_second()
         )
         .map_err(|e| Error::io(&self.path, e))
+    }
+
+    /// The accuracy on the test images after `step` steps.
+    pub fn push_accuracy(&mut self, step: u64, epoch: u64, accuracy: &Accuracy) -> Result<()> {
+        let (top1, top5) = accuracy.fractions();
+        let line = format!("{{\"step\":{step},\"epoch\":{epoch},\"top1\":{top1},\"top5\":{top5},\"images\":{}}}", accuracy.images);
+        writeln!(self.file, "{line}").map_err(|e| Error::io(&self.path, e))
     }
 
     /// Everything up to here is on the disk: called before the state that refers to it is.

@@ -1,21 +1,35 @@
-//! Training: optimizer, schedule, checkpoints, metrics, the loop, and the linear probe. Generic over [`crate::nn::Objective`].
+//! Training: optimizer, schedule, checkpoints, metrics, the loop, classifiers, and the linear probe. The loop is generic over
+//! [`crate::nn::Objective`].
 
+mod classification;
 mod config;
 mod loss;
+mod evaluation;
+mod finetune;
+mod layer_decay;
 mod metrics;
+mod mixing;
 mod optimizer;
 mod probe;
 mod schedule;
 mod trainer;
+mod transfer;
 
+pub use classification::{Classification, Teacher};
 pub use config::{BUILTIN, Length, TrainConfig};
 pub use loss::cross_entropy;
 pub use metrics::{METRICS, StepReport, read as read_metrics};
+pub use evaluation::{Accuracy, Evaluation};
+pub use finetune::{CLASSIFICATION, FineTune, TeacherConfig};
+pub use layer_decay::layer_rates;
+pub use metrics::{METRICS, StepReport, read as read_metrics, read_accuracies};
+pub use mixing::{Mix, Mixing};
 pub use optimizer::{Optimizer, clip, decay_runs, decays};
 pub use probe::{Features, ProbeResult, extract, pixels, probe};
 pub use schedule::Schedule;
 #[cfg(feature = "cli")]
 pub(crate) use trainer::prepare_folder;
-pub use trainer::{CHECKPOINT, STATE, Trainer, saved_config};
+pub use trainer::{BEST, CHECKPOINT, Event, STATE, Trainer, saved_config};
+pub use transfer::{finetuning_network, transfer};
 
 pub use crate::nn::Checkpoint;

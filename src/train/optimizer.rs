@@ -14,23 +14,37 @@ pub fn decays(entry: &Entry) -> bool {
     entry.param.shape().len() > 1 && !NO_DECAY.iter().any(|part| entry.name.contains(part))
 }
 
-/// The flat store cut into the longest runs that are treated alike: `(range, whether it decays)`.
-pub fn decay_runs(layout: &Layout) -> Vec<(Range<usize>, bool)> {
-    let mut runs: Vec<(Range<usize>, bool)> = Vec::new();
+/// A stretch of the flat store whose parameters are treated alike.
+struct Run {
+    range: Range<usize>,
+    decay: bool,
+    /// The factor on the learning rate.
+    rate: f64,
+}
+
+/// The longest runs.
+fn runs(layout: &Layout, rate: impl Fn(&Entry) -> f64) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
     for entry in layout.params() {
         let (start, end) = (entry.param.offset(), entry.param.offset() + entry.param.numel());
+        let (decay, rate) = (decays(entry), rate(entry));
         match runs.last_mut() {
             // The padding between two parameters is zero in every buffer and stays so: a run may span it.
-            Some((range, decay)) if *decay == decays(entry) => range.end = end,
-            _ => runs.push((start..end, decays(entry))),
+            Some(run) if run.decay == decay && run.rate == rate => run.range.end = end,
+            _ => runs.push(Run { range: start..end, decay, rate }),
         }
     }
     runs
 }
 
+/// The flat store cut into the longest runs of equal decay: `(range, whether it decays)`.
+pub fn decay_runs(layout: &Layout) -> Vec<(Range<usize>, bool)> {
+    runs(layout, |_| 1.0).into_iter().map(|run| (run.range, run.decay)).collect()
+}
+
 /// The AdamW optimizer: its moments and how often it has stepped.
 pub struct Optimizer {
-    runs: Vec<(Range<usize>, bool)>,
+    runs: Vec<Run>,
     pub(crate) m: Params<f32>,
     pub(crate) v: Params<f32>,
     betas: (f64, f64),
@@ -40,15 +54,20 @@ pub struct Optimizer {
 impl Optimizer {
     /// An optimizer whose moments are zero.
     pub fn new(params: &Params<f32>, betas: (f64, f64), weight_decay: f64) -> Self {
+        Self::with_rates(params, betas, weight_decay, |_| 1.0)
+    }
+
+    /// The same, with a factor on the learning rate of each parameter.
+    pub fn with_rates(params: &Params<f32>, betas: (f64, f64), weight_decay: f64, rate: impl Fn(&Entry) -> f64) -> Self {
         let layout = params.layout();
-        Optimizer { runs: decay_runs(layout), m: Params::zeros(layout), v: Params::zeros(layout), betas, weight_decay }
+        Optimizer { runs: runs(layout, rate), m: Params::zeros(layout), v: Params::zeros(layout), betas, weight_decay }
     }
 
     /// Steps `params` along `grad_scale · grads`; `step` counts from 1.
     pub fn step(&mut self, params: &mut Params<f32>, grads: &Params<f32>, lr: f64, step: u64, grad_scale: f64) {
-        for (range, decay) in &self.runs {
+        for Run { range, decay, rate } in &self.runs {
             let weight_decay = if *decay { self.weight_decay } else { 0.0 };
-            let adamw = AdamW { lr, betas: self.betas, eps: 1e-8, weight_decay, step, grad_scale };
+            let adamw = AdamW { lr: lr * rate, betas: self.betas, eps: 1e-8, weight_decay, step, grad_scale };
             let r = range.clone();
             adamw.step(
                 &mut params.flat_mut()[r.clone()],

@@ -10,19 +10,32 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 use super::config::TrainConfig;
+use super::evaluation::{Accuracy, Evaluation};
 use super::metrics::{METRICS, Metrics, StepReport};
 use super::optimizer::{Optimizer, clip};
 use super::schedule::Schedule;
 use crate::data::{Dataset, Loader, LoaderOptions};
 use crate::fs::write_atomic;
-use crate::nn::{Batch, Checkpoint, Loss, Objective, Params, StepKey, encode, items};
+use crate::nn::batch_norm::Updates;
+use crate::nn::{Batch, Checkpoint, Loss, Objective, Params, Pass, StepKey, encode, items};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 
-/// The parameters of the last save.
+/// The parameters of the last save: their moving average, if there is one.
 pub const CHECKPOINT: &str = "checkpoint.safetensors";
+/// The parameters that were most accurate on the test images.
+pub const BEST: &str = "best.safetensors";
 /// The trainer's state at the last save.
 pub const STATE: &str = "state.safetensors";
+
+/// What a run reports while it goes on.
+#[derive(Clone, Copy, Debug)]
+pub enum Event<'a> {
+    /// A step was done.
+    Step(&'a StepReport),
+    /// The test images were classified after so many steps.
+    Accuracy(u64, &'a Accuracy),
+}
 
 /// A training run.
 pub struct Trainer<'a> {
@@ -33,6 +46,11 @@ pub struct Trainer<'a> {
     params: Params<f32>,
     grads: Params<f32>,
     optimizer: Optimizer,
+    /// The moving average of the parameters.
+    ema: Option<Params<f32>>,
+    evaluation: Option<Evaluation<'a>>,
+    /// The best accuracy so far.
+    best: Accuracy,
     /// Steps done.
     step: u64,
     /// The epoch whose order is held, and the order.
@@ -59,7 +77,10 @@ impl<'a> Trainer<'a> {
             loader,
             schedule,
             grads: Params::zeros(objective.layout()),
-            optimizer: Optimizer::new(&params, config.betas, config.weight_decay),
+            optimizer: Optimizer::with_rates(&params, config.betas, config.weight_decay, |entry| objective.rate(entry)),
+            ema: (ema_decay(&config) > 0.0).then(|| params.clone()),
+            evaluation: None,
+            best: Accuracy::default(),
             params,
             step: 0,
             order: (None, Vec::new()),
@@ -81,9 +102,42 @@ impl<'a> Trainer<'a> {
             return Err(state.error(format!("the run began with {images} images; `{}` now has {found}", dataset.name())));
         }
         trainer.step = number("step")?;
+        if state.meta("best_top1").is_some() {
+            trainer.best = Accuracy { top1: number("best_top1")?, top5: number("best_top5")?, images: number("best_images")? };
+        }
         let Optimizer { m, v, .. } = &mut trainer.optimizer;
-        state.fill(&mut [("params.", &mut trainer.params, true), ("m.", m, false), ("v.", v, false)])?;
+        let mut sets = vec![("params.", &mut trainer.params, true), ("m.", m, false), ("v.", v, false)];
+        sets.extend(trainer.ema.as_mut().map(|ema| ("ema.", ema, true)));
+        state.fill(&mut sets)?;
         Ok(trainer)
+    }
+
+    /// Starts from `params` instead of freshly initialised ones.
+    ///
+    /// # Errors
+    /// If they are of another network.
+    pub fn start_from(&mut self, params: Params<f32>) -> Result<()> {
+        if params.flat().len() != self.params.flat().len() {
+            return Err(Error::shape("parameters to start from", self.params.flat().len(), params.flat().len()));
+        }
+        self.ema = self.ema.take().map(|_| params.clone());
+        self.params = params;
+        Ok(())
+    }
+
+    /// Measures the accuracy after each epoch of [`run`](Self::run), and keeps the best parameters in [`BEST`].
+    pub fn evaluate_with(&mut self, evaluation: Evaluation<'a>) {
+        self.evaluation = Some(evaluation);
+    }
+
+    /// The best accuracy so far, of no images if there was none.
+    pub fn best(&self) -> Accuracy {
+        self.best
+    }
+
+    /// What evaluation and checkpoints take: the moving average, if there is one.
+    pub fn averaged(&self) -> &Params<f32> {
+        self.ema.as_ref().unwrap_or(&self.params)
     }
 
     /// The configuration.
@@ -117,7 +171,11 @@ impl<'a> Trainer<'a> {
         self.grads.flat_mut().par_chunks_mut(1 << 16).for_each(|chunk| chunk.fill(0.0));
         let key = StepKey { seed: self.config.seed, step: self.step };
         let batch = Batch { images: &self.images, labels: &self.labels, key };
-        let Loss { value, updates } = self.objective.loss(&self.params, Some(&mut self.grads), batch)?;
+        let recompute = self.config.finetune.as_ref().is_some_and(|f| f.recompute);
+        let training = self.params.run_as(Pass::Train { key, recompute });
+        let Loss { value, updates } = self.objective.loss(&training, Some(&mut self.grads), batch)?;
+        // The optimizer would copy parameters that are shared.
+        drop(training);
         let loss = f64::from(value);
         let (grad_norm, scale) = clip(&self.grads, self.config.clip);
         if !(loss.is_finite() && grad_norm.is_finite()) {
@@ -128,8 +186,19 @@ impl<'a> Trainer<'a> {
         self.optimizer.step(&mut self.params, &self.grads, lr, self.step + 1, scale);
         self.params.update(&updates);
         self.step += 1;
+        self.average(&updates);
         let seconds = started.elapsed().as_secs_f64();
         Ok(StepReport { step: self.step, steps: self.schedule.steps, epoch, loss, lr, grad_norm, images: self.config.batch, seconds })
+    }
+
+    /// `ema ← ema + (1 − d)(θ − ema)` with `d = min(D, (1 + t)/(10 + t))` after t steps: short runs are not held back by their beginning.
+    fn average(&mut self, updates: &Updates<f32>) {
+        let Some(ema) = &mut self.ema else { return };
+        let t = self.step as f64;
+        let rest = (1.0 - ema_decay(&self.config).min((1.0 + t) / (10.0 + t))) as f32;
+        let chunks = ema.flat_mut().par_chunks_mut(1 << 14).zip(self.params.flat().par_chunks(1 << 14));
+        chunks.for_each(|(ema, params)| ema.iter_mut().zip(params).for_each(|(e, p)| *e += rest * (*p - *e)));
+        ema.update(updates);
     }
 
     fn load_order(&mut self, epoch: u64) -> Result<()> {
@@ -146,11 +215,22 @@ impl<'a> Trainer<'a> {
 
     /// Trains to the end, with metrics, states and checkpoints in `folder`; `progress` hears of every step.
     ///
+    /// # Errors
+    /// As [`Trainer::run_evaluated`].
+    pub fn run(&mut self, folder: &Path, progress: &mut dyn FnMut(&StepReport)) -> Result<()> {
+        self.run_evaluated(folder, &mut |event| match event {
+            Event::Step(report) => progress(report),
+            Event::Accuracy(..) => {}
+        })
+    }
+
+    /// [`run`](Self::run), where `progress` hears of evaluations too.
+    ///
     /// A state is saved before the first step too: a run killed at any moment can be resumed.
     ///
     /// # Errors
     /// As [`Trainer::step`], or if a file cannot be written.
-    pub fn run(&mut self, folder: &Path, progress: &mut dyn FnMut(&StepReport)) -> Result<()> {
+    pub fn run_evaluated(&mut self, folder: &Path, progress: &mut dyn FnMut(Event)) -> Result<()> {
         prepare_folder(folder)?;
         let every = if self.config.save_every == 0 { self.loader.steps() as u64 } else { self.config.save_every };
         let mut metrics = Metrics::open(folder, self.step)?;
@@ -158,7 +238,11 @@ impl<'a> Trainer<'a> {
         while self.step < self.schedule.steps {
             let report = self.step()?;
             metrics.push(&report)?;
-            progress(&report);
+            progress(Event::Step(&report));
+            let last = self.step == self.schedule.steps;
+            if last || self.step.is_multiple_of(self.loader.steps() as u64) {
+                self.evaluate(folder, report.epoch, &mut metrics, progress)?;
+            }
             if self.step.is_multiple_of(every) || self.step == self.schedule.steps {
                 metrics.flush()?;
                 self.save(folder)?;
@@ -167,23 +251,57 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
+    /// Classifies the test images, if there are any. The best parameters are on the disk before the state that knows of them: a run that is
+    /// killed in between finds them again.
+    fn evaluate(&mut self, folder: &Path, epoch: u64, metrics: &mut Metrics, progress: &mut dyn FnMut(Event)) -> Result<()> {
+        let Some(evaluation) = &self.evaluation else { return Ok(()) };
+        let accuracy = evaluation.run(self.averaged())?;
+        metrics.push_accuracy(self.step, epoch, &accuracy)?;
+        if self.best.images == 0 || accuracy.top1 > self.best.top1 {
+            self.best = accuracy;
+            let metadata = [self.metadata(), vec![("top1", accuracy.fractions().0.to_string())]].concat();
+            self.write(&folder.join(BEST), &metadata)?;
+        }
+        progress(Event::Accuracy(self.step, &accuracy));
+        Ok(())
+    }
+
+    /// What every file of parameters says about its run.
+    fn metadata(&self) -> Vec<(&'static str, String)> {
+        let version = ("karat", env!("CARGO_PKG_VERSION").to_string());
+        vec![version, ("config", self.config.to_json().to_string()), ("step", self.step.to_string())]
+    }
+
+    fn write(&self, path: &Path, metadata: &[(&str, String)]) -> Result<()> {
+        let checkpoint: Vec<_> = items("", self.averaged(), true).collect();
+        write_atomic(path, &encode(&checkpoint, metadata))
+    }
+
     /// Writes `state.safetensors`, whole in one file, then `checkpoint.safetensors`, which follows from it.
     ///
     /// # Errors
     /// If a file cannot be written; the old one is then untouched.
     pub fn save(&self, folder: &Path) -> Result<()> {
-        let config = self.config.to_json().to_string();
-        let version = ("karat", env!("CARGO_PKG_VERSION").to_string());
+        let ema = self.ema.iter().flat_map(|ema| items("ema.", ema, true));
         let state: Vec<_> = items("params.", &self.params, true)
             .chain(items("m.", &self.optimizer.m, false))
             .chain(items("v.", &self.optimizer.v, false))
+            .chain(ema)
             .collect();
-        let images = self.loader.dataset().len();
-        let metadata = [version.clone(), ("config", config.clone()), ("step", self.step.to_string()), ("images", images.to_string())];
+        let mut metadata = self.metadata();
+        metadata.push(("images", self.loader.dataset().len().to_string()));
+        if self.best.images > 0 {
+            let Accuracy { top1, top5, images } = self.best;
+            let best = [("best_top1", top1), ("best_top5", top5), ("best_images", images)];
+            metadata.extend(best.map(|(key, count)| (key, count.to_string())));
+        }
         write_atomic(folder.join(STATE), &encode(&state, &metadata))?;
-        let checkpoint: Vec<_> = items("", &self.params, true).collect();
-        write_atomic(folder.join(CHECKPOINT), &encode(&checkpoint, &[version, ("config", config), ("step", self.step.to_string())]))
+        self.write(&folder.join(CHECKPOINT), &self.metadata())
     }
+}
+
+fn ema_decay(config: &TrainConfig) -> f64 {
+    config.finetune.as_ref().map_or(0.0, |f| f.ema)
 }
 
 /// The configuration that a checkpoint or state was saved with.
@@ -195,7 +313,7 @@ pub fn saved_config(file: &Checkpoint) -> Result<TrainConfig> {
 }
 
 /// Every file that a run writes into its folder.
-const FILES: [&str; 6] = [STATE, CHECKPOINT, METRICS, "config.toml", "loss.svg", "reconstruction.png"];
+const FILES: [&str; 8] = [STATE, CHECKPOINT, BEST, METRICS, "config.toml", "loss.svg", "accuracy.svg", "reconstruction.png"];
 
 /// Makes the folder of a run, and removes the temporary files that a killed run left in it: a process that happens to have the
 /// same number could not write its own.
