@@ -2,23 +2,29 @@
 //!
 //! Exit codes: 0 all good, 1 a check failed, 2 bad usage or unreadable input (with one line on standard error).
 
+mod analyze;
 mod bench;
 mod case;
+mod compare;
 mod group;
 mod list;
 mod picture;
 mod pretrain;
 mod probe;
 mod reconstruct;
+mod tokenizer;
 mod verify;
 
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::error::{Error, Result};
+use crate::mim::{MaskedModel, methods};
+use crate::train::TrainConfig;
 
 /// What a command that ran to its end found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +53,11 @@ enum Command {
     Pretrain(Box<pretrain::Pretrain>),
     Probe(probe::Probe),
     Reconstruct(reconstruct::Reconstruct),
+    #[command(subcommand)]
+    Tokenizer(Box<tokenizer::Tokenizer>),
+    #[command(subcommand)]
+    Analyze(analyze::Analyze),
+    Compare(compare::Compare),
     Group(group::Group),
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -97,6 +108,9 @@ impl Cli {
             Command::Pretrain(command) => command.run(out),
             Command::Probe(command) => command.run(out),
             Command::Reconstruct(command) => command.run(out),
+            Command::Tokenizer(command) => command.run(out),
+            Command::Analyze(command) => command.run(out),
+            Command::Compare(command) => command.run(out),
             Command::Group(command) => command.run(out),
             Command::Bench(command) => command.run(out, self.threads),
         }
@@ -115,4 +129,10 @@ fn progress(steps: u64, what: &'static str) -> ProgressBar {
 /// Writes one line.
 fn say(out: &mut dyn Write, line: impl std::fmt::Display) -> Result<()> {
     writeln!(out, "{line}").map_err(|e| Error::io("standard output", e))
+}
+
+/// The objective of a pre-training run.
+fn objective(config: &TrainConfig) -> Result<Box<dyn MaskedModel>> {
+    let tokenizer = config.tokenizer.as_ref().map(Path::new);
+    methods::build_run(&config.method, &config.model, config.image_size, config.mask_ratio, tokenizer, config.normalization())
 }

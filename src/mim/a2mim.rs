@@ -115,6 +115,7 @@ impl Vit {
             let (y, saved) = block.forward(p, &x, None)?;
             blocks.push(saved);
             x = y;
+            p.show(format!("block.{i}"), &x);
         }
         let (y, last) = match &self.norm {
             None => (x, None),
@@ -128,14 +129,7 @@ impl Vit {
         Ok((patches.reshape([b, h, w, c])?, VitSaved { embed, painted, blocks, last }))
     }
 
-    fn backward<T: Float>(
-        &self,
-        p: &Params<T>,
-        g: &mut Params<T>,
-        saved: VitSaved<T>,
-        paint: Paint,
-        d_map: &Tensor<T>,
-    ) -> Result<()> {
+    fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: VitSaved<T>, paint: Paint, d_map: &Tensor<T>) -> Result<()> {
         let Paint { token, layer, cells } = paint;
         let VitSaved { embed, painted, blocks, last } = saved;
         let [b, h, w, c] = d_map.dims("gradient of the map")?;
@@ -513,7 +507,7 @@ mod tests {
         let one = Tensor::new([1, 3, 32, 32], &images.data()[..3 * 32 * 32]).unwrap();
         let before = model.features(&p, &images).unwrap();
         assert_eq!(model.features(&p, &one).unwrap().data(), &before.data()[..8]);
-        let batch = Batch { images: &images, labels: &[], key: StepKey { seed: 1, step: 0 } };
+        let batch = Batch { images: &images, labels: &[], second: None, key: StepKey { seed: 1, step: 0 } };
         let updates = model.loss(&p, None, batch).unwrap().updates;
         assert!(!updates.is_empty());
         p.update(&updates);

@@ -1,14 +1,19 @@
 //! The pre-training methods by name. A method is one entry of [`METHODS`]: its paper, its configuration, how it is built, and the
 //! networks that it serves.
 
+use std::path::Path;
+
 use super::MaskedModel;
 use super::a2mim::A2mim;
+use super::beit_pretrain::BeitPretraining;
 use super::greenmim::GreenMim;
 use super::mae::Mae;
 use super::simmim::SimMim;
 use super::um_mae::UmMae;
 use crate::case::Config;
+use crate::data::transform::Normalization;
 use crate::error::{Error, Result};
+use crate::tokenizer::image::ImageTokenizer;
 
 /// A pre-training method.
 pub struct Method {
@@ -22,7 +27,15 @@ pub struct Method {
     common: &'static str,
     /// Sets what depends on the size of the images, in pixels.
     at_size: fn(&mut Config, usize) -> Result<()>,
-    build: fn(&Config) -> Result<Box<dyn MaskedModel>>,
+    /// Predicts the codes of an image tokenizer.
+    pub tokens: bool,
+    build: fn(&Config, Setting) -> Result<Box<dyn MaskedModel>>,
+}
+
+/// What an objective works with, beside its configuration.
+struct Setting {
+    tokenizer: Option<ImageTokenizer>,
+    normalization: Normalization,
 }
 
 /// A network that a method serves.
@@ -96,7 +109,8 @@ const GREENMIM: Method = Method {
         }
         Ok(())
     },
-    build: |config| Ok(Box::new(GreenMim::new(config)?)),
+    tokens: false,
+    build: |config, _| Ok(Box::new(GreenMim::new(config)?)),
     networks: &[
         network("swin_nano", 32, &[SWIN_NANO, DECODER_64]),
         network("swin_micro", 32, &[SWIN_MICRO, DECODER_96]),
@@ -114,7 +128,8 @@ const MAE: Method = Method {
     paper: "2111.06377 MAE",
     common: r#"{"in_chans": 3, "mlp_ratio": 4, "norm_eps": 1e-6, "mask_ratio": 0.75, "norm_pix_loss": true}"#,
     at_size: |_, _| Ok(()),
-    build: |config| Ok(Box::new(Mae::new(config)?)),
+    tokens: false,
+    build: |config, _| Ok(Box::new(Mae::new(config)?)),
     networks: &[
         network("vit_micro", 32, &[VIT_MICRO, DECODER_96_2]),
         network("vit_base", 224, &[VIT_BASE, DECODER_512_8]),
@@ -138,7 +153,8 @@ const SIMMIM: Method = Method {
         config.set("encoder_stride", stride).set("mask_patch_size", coarse_patch(size, patch, stride.max(2 * patch)));
         Ok(())
     },
-    build: |config| Ok(Box::new(SimMim::new(config)?)),
+    tokens: false,
+    build: |config, _| Ok(Box::new(SimMim::new(config)?)),
     networks: &[
         network("swin_nano", 32, &[SWIN_NANO]),
         network("swin_micro", 32, &[SWIN_MICRO]),
@@ -157,7 +173,8 @@ const UM_MAE: Method = Method {
     // `block` gives every visible token its own position, which the released code does not.
     common: r#"{"in_chans": 3, "mlp_ratio": 4, "vis_mask_ratio": 0.25, "norm_pix_loss": true, "vis_pos_order": "block"}"#,
     at_size: |_, _| Ok(()),
-    build: |config| Ok(Box::new(UmMae::new(config)?)),
+    tokens: false,
+    build: |config, _| Ok(Box::new(UmMae::new(config)?)),
     networks: &[
         network("um_swin_micro", 32, &[SWIN_MICRO, UM_SWIN_MICRO, DECODER_96_2]),
         network("um_swin_tiny", 256, &[SWIN_TINY, UM_SWIN_TINY, DECODER_512_2]),
@@ -187,7 +204,8 @@ const A2MIM: Method = Method {
         config.set("encoder_stride", stride).set("mask_patch_size", coarse_patch(size, cell, if stride > cell { cell } else { 2 * cell }));
         Ok(())
     },
-    build: |config| Ok(Box::new(A2mim::new(config)?)),
+    tokens: false,
+    build: |config, _| Ok(Box::new(A2mim::new(config)?)),
     networks: &[
         network("vit_micro", 32, &[VIT_MICRO]),
         network("deit_small", 224, &[DEIT_SMALL]),
@@ -202,8 +220,30 @@ const A2MIM: Method = Method {
     ],
 };
 
+const BEIT: Method = Method {
+    name: "beit",
+    paper: "2106.08254 BEiT",
+    // 75 of 196 patches.
+    common: r#"{"in_chans": 3, "mlp_ratio": 4, "qkv_bias": true, "ln_eps": 1e-6, "layer_scale": true, "abs_pos_emb": false,
+        "rel_pos_bias": false, "shared_rel_pos_bias": true, "vocab_size": 8192, "mask_ratio": 0.3826530612244898}"#,
+    at_size: |config, size| {
+        let (patch, dim, ratio) = (config.positive("patch_size")?, config.positive("embed_dim")?, config.f64("mask_ratio")?);
+        if !(0.0..=1.0).contains(&ratio) {
+            return Err(Error::config("mask_ratio", format!("expected a number from 0 to 1, found {ratio}")));
+        }
+        let patches = (size / patch).pow(2);
+        config.set("img_h", size).set("img_w", size).set("dim", dim);
+        // A block has at least 16 of 196 patches.
+        config.set("num_masking_patches", (patches as f64 * ratio).round() as usize).set("min_num_patches", (16 * patches).div_ceil(196));
+        Ok(())
+    },
+    tokens: true,
+    build: |config, setting| Ok(Box::new(BeitPretraining::new(config, setting.tokenizer, setting.normalization)?)),
+    networks: &[network("beit_micro", 32, &[VIT_MICRO]), network("beit_base", 224, &[VIT_BASE]), network("beit_large", 224, &[VIT_LARGE])],
+};
+
 /// All methods.
-pub static METHODS: &[Method] = &[GREENMIM, MAE, SIMMIM, UM_MAE, A2MIM];
+pub static METHODS: &[Method] = &[GREENMIM, MAE, SIMMIM, UM_MAE, A2MIM, BEIT];
 
 /// Sets the window of a Swin to the map of its last stage (7 at 224 pixels); returns the side of a cell of that map in pixels.
 fn swin_window(config: &mut Config, size: usize) -> Result<usize> {
@@ -272,13 +312,41 @@ impl Method {
     }
 }
 
-/// The objective `method` on `model`; `mask_ratio` is the method's own where it is not given.
+/// The objective `method` on `model`; `mask_ratio` is the method's own where it is not given. A method that predicts tokens has the
+/// published number of them and no tokenizer: it can be looked at, not trained.
 ///
 /// # Errors
 /// If there is no such method, it does not serve the network, or the network does not allow the image size.
 pub fn build(method: &str, model: &str, image_size: usize, mask_ratio: Option<f64>) -> Result<Box<dyn MaskedModel>> {
     let method = find(method)?;
-    (method.build)(&method.config(method.network(model)?, image_size, mask_ratio)?)
+    let setting = Setting { tokenizer: None, normalization: Normalization::IMAGENET };
+    (method.build)(&method.config(method.network(model)?, image_size, mask_ratio)?, setting)
+}
+
+/// [`build`], for a run: with the tokenizer in a folder, for a method that predicts tokens, on images normalised by `normalization`.
+///
+/// # Errors
+/// As [`build`]; if a tokenizer is missing, cannot be read, or is of no use to the method.
+pub fn build_run(
+    method: &str,
+    model: &str,
+    image_size: usize,
+    mask_ratio: Option<f64>,
+    tokenizer: Option<&Path>,
+    normalization: Normalization,
+) -> Result<Box<dyn MaskedModel>> {
+    let method = find(method)?;
+    let config = method.config(method.network(model)?, image_size, mask_ratio)?;
+    let tokenizer = match tokenizer {
+        Some(folder) if method.tokens => Some(ImageTokenizer::open(folder)?),
+        Some(_) => return Err(Error::config("tokenizer", format!("{} predicts no tokens; leave it out", method.name))),
+        None if method.tokens => {
+            let message = format!("missing; {} predicts the codes of a tokenizer, which `karat tokenizer train` makes", method.name);
+            return Err(Error::config("tokenizer", message));
+        }
+        None => None,
+    };
+    (method.build)(&config, Setting { tokenizer, normalization })
 }
 
 #[cfg(test)]
@@ -303,6 +371,8 @@ mod tests {
             ("a2mim", "deit_small", 22_019_040),
             ("a2mim", "resnet50", 29_804_608),
             ("a2mim", "resnet200", 68_921_408),
+            ("beit", "beit_base", 91_965_776),
+            ("beit", "beit_large", 311_534_016),
         ] {
             let found = find(method).unwrap();
             let size = found.network(model).unwrap().size;
@@ -331,5 +401,9 @@ mod tests {
         assert!(error("mea", "swin_micro", 32, None).contains("um-mae"));
         assert!(error("um-mae", "pvt_micro", 32, Some(0.5)).contains("mask_ratio"));
         assert!(error("greenmim", "swin_micro", 30, None).contains("image_size"));
+        let run = |method, model, tokenizer| build_run(method, model, 32, None, tokenizer, Normalization::IMAGENET);
+        assert!(run("beit", "beit_micro", None).err().unwrap().to_string().contains("karat tokenizer train"));
+        assert!(run("mae", "vit_micro", Some(Path::new("x"))).err().unwrap().to_string().contains("no tokens"));
+        assert!(run("beit", "beit_micro", Some(Path::new("nowhere"))).err().unwrap().to_string().contains("nowhere"));
     }
 }

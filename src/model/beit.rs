@@ -124,10 +124,11 @@ impl Encoder {
             rows::add_table(x.data_mut(), p.get(positions));
         }
         let shared = self.shared.map(|table| table.dense(p));
-        for block in &self.blocks {
+        for (i, block) in self.blocks.iter().enumerate() {
             let (y, saved) = block.forward(p, &x, shared.as_ref())?;
             keep(saved);
             x = y;
+            p.show(format!("block.{i}"), &x);
         }
         match &self.norm {
             None => Ok((x, embed, None)),

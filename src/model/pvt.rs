@@ -210,10 +210,11 @@ impl Encoder {
     /// The tokens after the last block.
     pub fn forward<T: Float>(&self, p: &Params<T>, mut x: Tensor<T>, plans: &[Plan]) -> Result<(Tensor<T>, Vec<Saved<T>>)> {
         let mut saved = Vec::with_capacity(self.blocks.len());
-        for ((_, block), plan) in self.blocks.iter().zip(plans) {
+        for (i, ((_, block), plan)) in self.blocks.iter().zip(plans).enumerate() {
             let (y, s) = block.forward(p, x, plan)?;
             x = y;
             saved.push(s);
+            p.show(format!("block.{i}"), &x);
         }
         Ok((x, saved))
     }

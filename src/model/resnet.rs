@@ -142,6 +142,9 @@ impl Trunk {
             let (y, saved) = block.forward(p, x, training)?;
             blocks.push(saved);
             x = y;
+            if let (Ok(stage), _) | (Err(stage), true) = (self.starts.binary_search(&(i + 1)), i + 1 == self.blocks.len()) {
+                p.show(format!("stage.{}", stage - 1), &x);
+            }
         }
         Ok((x, Saved { image, stem: (z, norm), blocks }))
     }

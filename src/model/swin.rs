@@ -330,13 +330,14 @@ impl Encoder {
             }
         }
         let mut saved = Vec::with_capacity(self.stages.len());
-        for (stage, plan) in self.stages.iter().zip(plan) {
+        for (i, (stage, plan)) in self.stages.iter().zip(plan).enumerate() {
             let mut blocks = Vec::with_capacity(stage.blocks.len());
             for (b, block) in stage.blocks.iter().enumerate() {
                 let (y, s) = block.forward(p, x, if b % 2 == 0 { &plan.plain } else { &plan.shifted })?;
                 x = y;
                 blocks.push(s);
             }
+            p.show(format!("stage.{i}"), &x);
             let mut merging = None;
             if let Some(downsample) = &stage.downsample {
                 let (y, s) = downsample.forward(p, &x, &plan.cells)?;

@@ -323,10 +323,11 @@ impl Encoder {
     /// The tokens after the last block.
     pub fn forward<T: Float>(&self, p: &Params<T>, mut x: Tensor<T>, plans: &Plans) -> Result<(Tensor<T>, Vec<Saved<T>>)> {
         let mut saved = Vec::with_capacity(self.blocks.len());
-        for (stage, shifted, block) in &self.blocks {
+        for (i, (stage, shifted, block)) in self.blocks.iter().enumerate() {
             let (y, s) = block.forward(p, x, &plans[*stage][usize::from(*shifted)])?;
             x = y;
             saved.push(s);
+            p.show(format!("block.{i}"), &x);
         }
         Ok((x, saved))
     }

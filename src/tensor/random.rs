@@ -39,6 +39,8 @@ pub enum Purpose {
     Case = 6,
     /// Linear probes.
     Probe = 7,
+    /// The noise of a tokenizer's training.
+    Noise = 8,
 }
 
 /// A stream of random numbers for one `(seed, purpose, step, sample)`.

@@ -59,6 +59,8 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Steps between two saves; 0 for one save per epoch.
     pub save_every: u64,
+    /// The folder of the image tokenizer whose codes are predicted, for methods that do so.
+    pub tokenizer: Option<String>,
 }
 
 impl Default for TrainConfig {
@@ -81,6 +83,7 @@ impl Default for TrainConfig {
             crop: 0.5,
             seed: 0,
             save_every: 0,
+            tokenizer: None,
         }
     }
 }
@@ -101,6 +104,9 @@ impl TrainConfig {
         object[key] = n.into();
         if let Some(ratio) = self.mask_ratio {
             object["mask_ratio"] = ratio.into();
+        }
+        if let Some(folder) = &self.tokenizer {
+            object["tokenizer"] = folder.as_str().into();
         }
         object
     }
@@ -139,6 +145,7 @@ impl TrainConfig {
             crop: c.f64("crop")?,
             seed: uint("seed")?,
             save_every: uint("save_every")?,
+            tokenizer: c.get("tokenizer").map(|_| c.str("tokenizer").map(String::from)).transpose()?,
         };
         let known = config.to_json();
         if let Some(key) = c.keys().find(|key| known.get(key).is_none()) {

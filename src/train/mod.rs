@@ -10,10 +10,10 @@ mod trainer;
 pub use config::{BUILTIN, Length, TrainConfig};
 pub use metrics::{METRICS, StepReport, read as read_metrics};
 pub use optimizer::{Optimizer, clip, decay_runs, decays};
-pub use probe::{Features, ProbeResult, extract, pixels, probe};
+pub use probe::{Classifier, Features, ProbeResult, extract, pixels, probe};
 pub use schedule::Schedule;
 #[cfg(feature = "cli")]
 pub(crate) use trainer::prepare_folder;
-pub use trainer::{CHECKPOINT, STATE, Trainer, saved_config};
+pub use trainer::{CHECKPOINT, PROBE, STATE, SUMMARY, Trainer, saved_config};
 
 pub use crate::nn::Checkpoint;
