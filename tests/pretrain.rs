@@ -130,7 +130,7 @@ fn every_method_trains_and_resumes() {
     const FILES: [&str; 4] = ["checkpoint.safetensors", "state.safetensors", "config.toml", "reconstruction.png"];
 
     let (tokenizer, stopped) = (at("tokenizer"), at("tokenizer stopped"));
-    let small = ["--steps", "3", "--batch", "4", "--codes", "16", "--width", "8", "--out"];
+    let small = ["--steps", "3", "--batch", "4", "--codes", "16", "--width", "4", "--out"];
     let said = good(karat().args(["tokenizer", "train"]).args(small).arg(&tokenizer).output().unwrap());
     assert!(said.contains("codes in use"), "{said}");
     let config = run_config(&tokenizer);

@@ -22,7 +22,7 @@ use crate::{Error, Result};
 /// What a tokenizer's configuration calls its method and its network.
 const METHOD: [&str; 2] = ["dvae", "simple"];
 /// Test images that the codes in use are counted on, at most.
-const JUDGED: usize = 512;
+const JUDGED: usize = 256;
 
 /// Image tokenizers
 #[derive(Subcommand)]
