@@ -167,7 +167,7 @@ fn images(b: usize) -> Tensor<f32> {
 const LABELS: [usize; 3] = [2, 0, 9];
 
 fn loss(objective: &Classification, params: &Params<f32>, grads: Option<&mut Params<f32>>, key: StepKey) -> f64 {
-    f64::from(objective.loss(params, grads, Batch { images: &images(3), labels: &LABELS, key }).unwrap().value)
+    f64::from(objective.loss(params, grads, Batch { images: &images(3), second: None, labels: &LABELS, key }).unwrap().value)
 }
 
 const KEY: StepKey = StepKey { seed: 1, step: 2 };

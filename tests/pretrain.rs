@@ -7,6 +7,12 @@ use std::process::{Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
+use karat::data::Split;
+use karat::mim::methods::{self, METHODS};
+use karat::nn::Objective;
+use karat::tokenizer::image::{TOKENIZER, Training, read_config};
+use karat::train::{Checkpoint, TrainConfig, Trainer, saved_config};
+
 fn karat() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_karat"));
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -94,4 +100,159 @@ fn killed_resumed_probed_and_drawn() {
     bytes[at] ^= 4;
     fs::write(&checkpoint, bytes).unwrap();
     assert!(bad(karat().arg("probe").arg("--from").arg(&straight).output().unwrap()).contains("checkpoint.safetensors: tensor `"));
+}
+
+fn run_config(folder: &Path) -> TrainConfig {
+    saved_config(&Checkpoint::open(folder.join("state.safetensors")).unwrap()).unwrap()
+}
+
+/// A run that stopped after two steps.
+fn stop(objective: &dyn Objective, config: TrainConfig, folder: &Path) {
+    let data = config.open_data(Split::Train).unwrap().0;
+    let mut trainer = Trainer::new(objective, &data, config).unwrap();
+    trainer.step().unwrap();
+    trainer.step().unwrap();
+    fs::create_dir_all(folder).unwrap();
+    trainer.save(folder).unwrap();
+}
+
+fn same(a: &Path, b: &Path, files: &[&str]) {
+    for name in files {
+        assert!(fs::read(a.join(name)).unwrap() == fs::read(b.join(name)).unwrap(), "{}: {name} differs", a.display());
+    }
+}
+
+/// Every method trains the small networks that it serves, and a run that stopped ends in the same bits; so does its tokenizer.
+#[test]
+fn every_method_trains_and_resumes() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    const FILES: [&str; 4] = ["checkpoint.safetensors", "state.safetensors", "config.toml", "reconstruction.png"];
+
+    let (tokenizer, stopped) = (at("tokenizer"), at("tokenizer stopped"));
+    let small = ["--steps", "3", "--batch", "4", "--codes", "16", "--width", "4", "--out"];
+    let said = good(karat().args(["tokenizer", "train"]).args(small).arg(&tokenizer).output().unwrap());
+    assert!(said.contains("codes in use"), "{said}");
+    let config = run_config(&tokenizer);
+    let training = Training::new(&read_config(&tokenizer).unwrap(), 3, config.normalization()).unwrap();
+    stop(&training, config, &stopped);
+    fs::copy(tokenizer.join(TOKENIZER), stopped.join(TOKENIZER)).unwrap();
+    good(karat().args(["tokenizer", "train", "--threads", "1", "--resume"]).arg(&stopped).output().unwrap());
+    same(&tokenizer, &stopped, &FILES);
+    same(&tokenizer, &stopped, &["codebook.json"]);
+
+    for (method, network) in METHODS.iter().flat_map(|m| m.networks.iter().map(move |n| (m, n))).filter(|(_, n)| n.name.ends_with("_micro"))
+    {
+        let (straight, stopped) =
+            (at(&format!("{} {}", method.name, network.name)), at(&format!("{} {} stopped", method.name, network.name)));
+        let mut command = karat();
+        command.args(["pretrain", "--method", method.name, "--model", network.name, "--steps", "3", "--batch", "4", "--save-every", "3"]);
+        if method.tokens {
+            command.arg("--tokenizer").arg(&tokenizer);
+        }
+        good(command.arg("--out").arg(&straight).output().unwrap());
+        let config = run_config(&straight);
+        let (tokenizer, normalization) = (config.tokenizer.as_ref().map(Path::new), config.normalization());
+        let objective = methods::build_run(method.name, network.name, 32, None, tokenizer, normalization).unwrap();
+        stop(&*objective, config, &stopped);
+        good(karat().args(["pretrain", "--threads", "1", "--resume"]).arg(&stopped).output().unwrap());
+        same(&straight, &stopped, &FILES);
+    }
+    let lonely = karat().args(["pretrain", "--method", "beit", "--out"]).arg(at("lonely")).output().unwrap();
+    assert!(bad(lonely).contains("karat tokenizer train"));
+    let other = karat().args(["pretrain", "--method", "mae", "--model", "pvt_micro", "--out"]).arg(at("other")).output().unwrap();
+    assert!(bad(other).contains("it serves vit_micro"));
+}
+
+/// A run's config.toml reproduces it; options override it; what the file gets wrong is named.
+#[test]
+fn configuration_from_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let steps = ["--steps", "2", "--batch", "4"];
+    good(karat().args(["pretrain", "--model", "swin_nano", "--seed", "5"]).args(steps).arg("--out").arg(at("one")).output().unwrap());
+    let from = |file: &Path| {
+        let mut command = karat();
+        command.arg("pretrain").arg("--config").arg(file);
+        command
+    };
+    let file = at("one").join("config.toml");
+    good(from(&file).arg("--out").arg(at("two")).output().unwrap());
+    same(&at("one"), &at("two"), &["checkpoint.safetensors", "config.toml", "reconstruction.png"]);
+    good(from(&file).args(["--method", "mae", "--seed", "6", "--out"]).arg(at("three")).output().unwrap());
+    let config = run_config(&at("three"));
+    assert_eq!((config.method.as_str(), config.model.as_str(), config.seed, config.batch), ("mae", "vit_micro", 6, 4));
+    for (text, word) in [("batch = \"many\"", "batch"), ("colour = 3", "colour"), ("model = \"vit_micro\"", "swin_nano"), ("[", "bad.toml")]
+    {
+        fs::write(at("bad.toml"), text).unwrap();
+        let error = bad(from(&at("bad.toml")).output().unwrap());
+        assert!(error.contains("bad.toml") && error.contains(word), "{error}");
+    }
+    assert!(bad(from(&at("nowhere.toml")).output().unwrap()).contains("nowhere.toml"));
+}
+
+/// The recipes are whole: each is read and its network built, and only then the images (or the tokenizer) turn out to be missing.
+#[test]
+fn recipes_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let recipes = Path::new(env!("CARGO_MANIFEST_DIR")).join("reference/recipes");
+    let mut methods = std::collections::BTreeSet::new();
+    for entry in fs::read_dir(recipes).unwrap() {
+        let path = entry.unwrap().path();
+        let output = karat().current_dir(&folder).arg("pretrain").arg("--config").arg(&path).output().unwrap();
+        let error = bad(output);
+        assert!(error.starts_with("karat: imagenet: ") || error.starts_with("karat: runs/tokenizer/"), "{}: {error}", path.display());
+        let text = fs::read_to_string(&path).unwrap();
+        methods.extend(METHODS.iter().filter(|m| text.contains(&format!("method = \"{}\"", m.name))).map(|m| m.name));
+    }
+    assert_eq!(methods.len(), METHODS.len(), "{methods:?}");
+}
+
+/// A run's analyses and comparison: charts, numbers, one line per run.
+#[test]
+fn analysed_and_compared() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let data = at("data");
+    for (split, class, grey) in [("train", "dark", 20), ("train", "light", 220), ("test", "dark", 30), ("test", "light", 200)] {
+        let of_class = data.join(split).join(class);
+        fs::create_dir_all(&of_class).unwrap();
+        for i in 0..4u8 {
+            image::GrayImage::from_fn(16, 16, |x, y| image::Luma([grey + (i + 1) * ((x + y) % 3) as u8]))
+                .save(of_class.join(format!("{i}.png")))
+                .unwrap();
+        }
+    }
+    let mut runs = Vec::new();
+    for (method, model) in [("greenmim", "swin_nano"), ("a2mim", "resnet_micro")] {
+        let run = at(method);
+        let mut command = karat();
+        command.args(["pretrain", "--method", method, "--model", model, "--steps", "2", "--batch", "4", "--data"]).arg(&data);
+        good(command.arg("--out").arg(&run).output().unwrap());
+        runs.push(run);
+    }
+    let json = |path: &Path| -> serde_json::Value { serde_json::from_slice(&fs::read(path).unwrap()).unwrap() };
+    let sampled = ["--images", "2", "--pairs", "1", "--contexts", "1", "--grid", "4"];
+    good(karat().args(["analyze", "interactions", "--from"]).arg(&runs[0]).args(sampled).output().unwrap());
+    let strength: Vec<f64> =
+        json(&runs[0].join("interactions.json"))["strength"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
+    assert!(strength.len() == 13 && (strength.iter().sum::<f64>() / 13.0 - 1.0).abs() < 1e-9, "{strength:?}");
+    for (run, sides) in runs.iter().zip([&[16, 8][..], &[8, 4, 2]]) {
+        good(karat().args(["analyze", "fourier", "--images", "2", "--from"]).arg(run).output().unwrap());
+        let maps = json(&run.join("fourier.json"))["maps"].clone();
+        let found: Vec<u64> = maps.as_array().unwrap().iter().map(|map| map["side"].as_u64().unwrap()).collect();
+        assert_eq!(found, sides);
+        assert!(fs::read_to_string(run.join("fourier.svg")).unwrap().contains("stage.1"));
+    }
+    good(karat().arg("probe").arg("--from").arg(&runs[0]).output().unwrap());
+    let chart = at("compare.svg");
+    let table = good(karat().arg("compare").args(&runs).arg("-o").arg(&chart).output().unwrap());
+    let row = |word: &str| table.lines().find(|line| line.contains(word)).unwrap().to_string();
+    assert!(row("swin_nano").ends_with('%') && !row("resnet_micro").ends_with('%'), "{table}");
+    assert!(fs::read_to_string(&chart).unwrap().contains("greenmim"));
+    let error = bad(karat().arg("compare").arg(&data).arg("-o").arg(&chart).output().unwrap());
+    assert!(error.contains("checkpoint.safetensors"), "{error}");
+    let error =
+        bad(karat().args(["analyze", "interactions", "--grid", "5", "--from"]).arg(&runs[0]).args(["--images", "1"]).output().unwrap());
+    assert!(error.contains("`grid`"), "{error}");
 }

@@ -4,10 +4,10 @@ mod tiny;
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
 use karat::data::{Dataset, Split};
-use karat::nn::{Batch, Objective, StepKey};
-use karat::nn::{Init, Layout, Params};
+use karat::nn::{Batch, Init, Layout, Loss, Objective, Params, StepKey, View};
 use karat::tensor::Tensor;
 use karat::train::{CHECKPOINT, Checkpoint, Length, METRICS, STATE, Schedule, TrainConfig, Trainer, decay_runs, decays, read_metrics};
 use tiny::Tiny;
@@ -115,13 +115,52 @@ fn threads_do_not_matter() {
     assert!(losses[30] < 0.7 * losses[0], "training learns: {losses:?}");
 }
 
+/// An objective that wants a second view of its images, prepared in the same way.
+struct Twice(Tiny, View);
+
+impl Objective for Twice {
+    fn layout(&self) -> &Arc<Layout> {
+        self.0.layout()
+    }
+
+    fn image_shape(&self) -> (usize, usize) {
+        self.0.image_shape()
+    }
+
+    fn second_view(&self) -> Option<View> {
+        Some(self.1)
+    }
+
+    fn loss(&self, params: &Params<f32>, grads: Option<&mut Params<f32>>, batch: Batch) -> karat::Result<Loss> {
+        let (second, size) = (batch.second.unwrap(), self.1.size);
+        assert_eq!(*second.shape(), [batch.images.shape()[0], 1, size, size]);
+        if size == batch.images.shape()[2] {
+            assert_eq!(second.data(), batch.images.data());
+        }
+        self.0.loss(params, grads, batch)
+    }
+}
+
+/// Both views show the same crop, whatever the size of the second.
+#[test]
+fn the_second_view_shows_the_same_crop() {
+    let (data, config) = (data(), config());
+    for size in [8, 12] {
+        let twice = Twice(tiny(), View { size, normalization: config.normalization() });
+        let mut trainer = Trainer::new(&twice, &data, config.clone()).unwrap();
+        for _ in 0..2 {
+            trainer.step().unwrap();
+        }
+    }
+}
+
 /// The test objective's gradient is the derivative of its loss; so the tests above train on a true gradient.
 #[test]
 fn tiny_gradient() {
     let objective = tiny();
     let mut params = Params::<f32>::init(objective.layout(), 3);
     let images = Tensor::from_fn([3, 1, 8, 8], |i| ((i * 37 % 101) as f32 / 50.0) - 1.0);
-    let batch = Batch { images: &images, labels: &[], key: StepKey { seed: 1, step: 2 } };
+    let batch = Batch { images: &images, labels: &[], second: None, key: StepKey { seed: 1, step: 2 } };
     let mut grads = Params::zeros(objective.layout());
     objective.loss(&params, Some(&mut grads), batch).unwrap();
     for at in (0..params.flat().len()).step_by(17) {

@@ -8,7 +8,7 @@ use serde_json::{Value as Json, json};
 use super::{Outcome, say};
 use crate::case::{BenchSize, Op, Prepared, operations};
 use crate::error::Result;
-use crate::mim::methods::{METHODS, build, default_image_size};
+use crate::mim::methods::{METHODS, Method, build};
 use crate::model::zoo::{self, Model};
 
 /// List what karat has: operations with their papers, pre-training methods, networks
@@ -36,6 +36,11 @@ fn cost(op: &Op) -> Option<crate::case::Cost> {
     Prepared::shapes(op, &benchmark).and_then(|shapes| (op.cost)(&benchmark.config, &shapes)).ok()?
 }
 
+/// The networks that a method serves.
+fn names(method: &Method) -> Vec<&'static str> {
+    method.networks.iter().map(|n| n.name).collect()
+}
+
 impl List {
     pub(super) fn run(&self, out: &mut dyn Write) -> Result<Outcome> {
         match self.what {
@@ -59,12 +64,12 @@ impl List {
                 say(out, "costs: forward pass of attention mechanisms for one image of 196 tokens, width 384, 8 heads, in f32")?;
             }
             What::Methods if self.json => {
-                let methods = METHODS.iter().map(|m| json!({ "name": m.name, "paper": m.paper, "models": m.models }));
+                let methods = METHODS.iter().map(|m| json!({ "name": m.name, "paper": m.paper, "models": names(m) }));
                 say(out, Json::Array(methods.collect()))?;
             }
             What::Methods => {
                 for m in METHODS {
-                    say(out, format!("{:<10}{:<22}{}", m.name, m.paper, m.models.join(" ")))?;
+                    say(out, format!("{:<10}{:<22}{}", m.name, m.paper, names(m).join(" ")))?;
                 }
             }
             What::Models => {
@@ -87,8 +92,8 @@ impl List {
                 if !self.json {
                     say(out, format!("\n{:<34}{:>7}{:>11}  method", "network to pre-train", "pixels", "M params"))?;
                 }
-                for (m, &model) in METHODS.iter().flat_map(|m| m.models.iter().map(move |model| (m, model))) {
-                    let size = default_image_size(model)?;
+                for (m, network) in METHODS.iter().flat_map(|m| m.networks.iter().map(move |network| (m, network))) {
+                    let (model, size) = (network.name, network.size);
                     let parameters = build(m.name, model, size, None)?.layout().numel();
                     if !self.json {
                         say(out, format!("{model:<34}{size:>7}{:>11.2}  {}", parameters as f64 / 1e6, m.name))?;

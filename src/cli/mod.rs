@@ -2,8 +2,10 @@
 //!
 //! Exit codes: 0 all good, 1 a check failed, 2 bad usage or unreadable input (with one line on standard error).
 
+mod analyze;
 mod bench;
 mod case;
+mod compare;
 mod eval;
 mod features;
 mod finetune;
@@ -16,6 +18,7 @@ mod pretrain;
 mod probe;
 mod progress;
 mod reconstruct;
+mod tokenizer;
 mod verify;
 
 use std::io::{self, Write};
@@ -26,6 +29,7 @@ use clap::{Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::error::{Error, Result};
+use crate::mim::{MaskedModel, methods};
 use crate::train::{STATE, TrainConfig, prepare_folder};
 
 /// What a command that ran to its end found.
@@ -59,6 +63,11 @@ enum Command {
     Predict(predict::Predict),
     Eval(eval::Eval),
     Features(features::Features),
+    #[command(subcommand)]
+    Tokenizer(Box<tokenizer::Tokenizer>),
+    #[command(subcommand)]
+    Analyze(analyze::Analyze),
+    Compare(compare::Compare),
     Group(group::Group),
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -113,6 +122,9 @@ impl Cli {
             Command::Predict(command) => command.run(out),
             Command::Eval(command) => command.run(out),
             Command::Features(command) => command.run(out),
+            Command::Tokenizer(command) => command.run(out),
+            Command::Analyze(command) => command.run(out),
+            Command::Compare(command) => command.run(out),
             Command::Group(command) => command.run(out),
             Command::Bench(command) => command.run(out, self.threads),
         }
@@ -148,4 +160,10 @@ fn progress(steps: u64, what: &'static str) -> ProgressBar {
 /// Writes one line.
 fn say(out: &mut dyn Write, line: impl std::fmt::Display) -> Result<()> {
     writeln!(out, "{line}").map_err(|e| Error::io("standard output", e))
+}
+
+/// The objective of a pre-training run.
+fn objective(config: &TrainConfig) -> Result<Box<dyn MaskedModel>> {
+    let tokenizer = config.tokenizer.as_ref().map(Path::new);
+    methods::build_run(&config.method, &config.model, config.image_size, config.mask_ratio, tokenizer, config.normalization())
 }

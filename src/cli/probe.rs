@@ -4,18 +4,19 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
+use serde_json::{Value, json};
 
-use super::{Outcome, say};
+use super::{Outcome, objective, say};
 use crate::data::{Dataset, Split};
-use crate::mim::methods;
+use crate::fs::write_atomic;
 use crate::nn::Params;
-use crate::train::{CHECKPOINT, Checkpoint, TrainConfig, extract, pixels, probe, saved_config};
+use crate::train::{CHECKPOINT, Checkpoint, PROBE, TrainConfig, extract, pixels, probe, saved_config};
 use crate::{Error, Result};
 
 /// Measure pre-trained features by a linear classifier
 ///
 /// Trains softmax regression on the frozen features of the training images and prints its accuracy on the test images; likewise for
-/// the same network before training, and for the raw pixels.
+/// the same network before training, and for the raw pixels. The run's folder keeps the accuracy in probe.json.
 #[derive(Args)]
 #[command(after_help = "Example: karat probe --from runs/mine")]
 pub struct Probe {
@@ -38,7 +39,7 @@ impl Probe {
     pub(super) fn run(self, out: &mut dyn Write) -> Result<Outcome> {
         let file = Checkpoint::open(self.from.join(CHECKPOINT))?;
         let config = saved_config(&file)?;
-        let objective = methods::build(&config.method, &config.model, config.image_size, config.mask_ratio)?;
+        let objective = objective(&config)?;
         let untrained = Params::init(objective.layout(), config.seed);
         let mut params = untrained.clone();
         file.load(&mut params)?;
@@ -67,6 +68,7 @@ impl Probe {
         say(out, format!("{:<22}{:>9}{:>15}{:>14}", "features", "numbers", "test accuracy", "weight decay"))?;
         let features = |params: &Params<f32>, data: &Dataset| extract(&*objective, params, data, transform.clone());
         let raw = |data: &Dataset| pixels(data, transform.clone());
+        let mut record = Value::Null;
         for kind in ["pre-trained network", "untrained network", "pixels"] {
             let (a, b) = match kind {
                 "pixels" => (raw(&train)?, raw(&test)?),
@@ -74,8 +76,12 @@ impl Probe {
                 _ => (features(&params, &train)?, features(&params, &test)?),
             };
             let found = probe(&a, &b)?;
+            if kind == "pre-trained network" {
+                record = json!({ "accuracy": found.accuracy, "images": train.name(), "features": a.width });
+            }
             say(out, format!("{kind:<22}{:>9}{:>13.1} %{:>14.0e}", a.width, 100.0 * found.accuracy, found.lambda))?;
         }
+        write_atomic(self.from.join(PROBE), format!("{record}\n").as_bytes())?;
         Ok(Outcome::Good)
     }
 }

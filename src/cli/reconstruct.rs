@@ -5,10 +5,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{Outcome, picture, say};
+use super::{Outcome, objective, picture, say};
 use crate::Result;
 use crate::data::read_image;
-use crate::mim::methods;
 use crate::nn::{Params, StepKey};
 use crate::tensor::Tensor;
 use crate::tensor::random::{Purpose, Rng};
@@ -42,7 +41,7 @@ impl Reconstruct {
     pub(super) fn run(self, out: &mut dyn Write) -> Result<Outcome> {
         let file = Checkpoint::open(self.from.join(CHECKPOINT))?;
         let config = saved_config(&file)?;
-        let objective = methods::build(&config.method, &config.model, config.image_size, config.mask_ratio)?;
+        let objective = objective(&config)?;
         let mut params = Params::zeros(objective.layout());
         file.load(&mut params)?;
 

@@ -4,20 +4,27 @@
 //! to an intermediate feature map ([`MaskToken`]); a convolution and a pixel shuffle paint every pixel, the loss is [`A2mimLoss`] against
 //! the image as it was. The encoder is a ViT with BEiT's blocks, or a ResNet, which runs densely over the whole map.
 //!
+//! Training masks square cells of `mask_patch_size` pixels ([`CoarseMask`]). Batch norms use the batch in a training step, their running
+//! statistics for pictures and features; of a ResNet the mask token learns at a tenth of the rate.
+//!
 //! Backward: loss → pixels → encoder, through the mask token. The image is data.
 
 use std::sync::Arc;
 
 use super::a2mim_loss::{A2mimLoss, sample_loss};
 use super::a2mim_paint::{MaskToken, PixelMask, mean_fill};
-use super::mask::read_mask;
+use super::mask::{CoarseMask, read_mask};
+use super::pixels::hidden_pixels;
+use super::{MaskedModel, Reconstruction};
 use crate::case::{Config, Draw, Operation, Run};
 use crate::error::{Error, Result};
 use crate::kernel::{elementwise, reduce, rows};
 use crate::model::beit::{with_class_token, with_class_token_backward, without_class_token, without_class_token_backward};
 use crate::model::beit_block::{self, Block, a2mim_settings};
 use crate::model::resnet::{self, Trunk};
+use crate::model::swin_ops::mean_tokens;
 use crate::nn::batch_norm::Updates;
+use crate::nn::{Batch, Entry, Loss, Objective, StepKey};
 use crate::nn::{Conv2d, ConvSettings, Init, LayerNorm, Layout, Names, Param, Params, PatchEmbed, Stats, patch_embed};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
@@ -35,6 +42,14 @@ impl Cells<'_> {
     }
 }
 
+/// The mask token on its way into the encoder: in front of which stage or block, and at which cells.
+#[derive(Clone, Copy)]
+struct Paint<'a> {
+    token: &'a MaskToken,
+    layer: usize,
+    cells: Cells<'a>,
+}
+
 /// The ViT: `patch_embed.projection`, `cls_token`, `pos_embed`, `layers.{i}`, `ln1`, with the mask token in front of a layer.
 struct Vit {
     embed: PatchEmbed,
@@ -47,7 +62,7 @@ struct Vit {
 struct VitSaved<T: Float> {
     embed: patch_embed::Saved<T>,
     /// What the mask token was put into.
-    painted: Tensor<T>,
+    painted: Option<Tensor<T>>,
     blocks: Vec<beit_block::Saved<T>>,
     last: Option<(Tensor<T>, Stats<T>)>,
 }
@@ -78,32 +93,29 @@ impl Vit {
         Ok(Vit { embed, class, positions, blocks, norm })
     }
 
-    fn forward<T: Float>(
-        &self,
-        p: &Params<T>,
-        image: &Tensor<T>,
-        token: &MaskToken,
-        layer: usize,
-        cells: Cells,
-    ) -> Result<(Tensor<T>, VitSaved<T>)> {
+    /// The map of `image`; whole images without `paint`.
+    fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>, paint: Option<Paint>) -> Result<(Tensor<T>, VitSaved<T>)> {
         let grid @ [h, w] = self.embed.grid();
-        cells.expect(grid)?;
+        paint.map_or(Ok(()), |paint| paint.cells.expect(grid))?;
+        let at = |layer: usize| paint.filter(|paint| paint.layer == layer);
         let (mut x, embed) = self.embed.forward(p, image, None)?;
-        let mut painted = x.clone();
-        if layer == 0 {
-            x = token.forward(p, &x, cells.hidden)?;
+        let mut painted = None;
+        if let Some(paint) = at(0) {
+            let y = paint.token.forward(p, &x, paint.cells.hidden)?;
+            painted = Some(std::mem::replace(&mut x, y));
         }
         let mut x = with_class_token(p, self.class, &x)?;
         rows::add_table(x.data_mut(), p.get(self.positions));
         let mut blocks = Vec::with_capacity(self.blocks.len());
         for (i, block) in self.blocks.iter().enumerate() {
-            if layer == i + 1 {
-                painted = x.clone();
-                x = token.forward(p, &x, cells.hidden)?;
+            if let Some(paint) = at(i + 1) {
+                let y = paint.token.forward(p, &x, paint.cells.hidden)?;
+                painted = Some(std::mem::replace(&mut x, y));
             }
             let (y, saved) = block.forward(p, &x, None)?;
             blocks.push(saved);
             x = y;
+            p.show(format!("blocks.{i}"), &x);
         }
         let (y, last) = match &self.norm {
             None => (x, None),
@@ -117,17 +129,8 @@ impl Vit {
         Ok((patches.reshape([b, h, w, c])?, VitSaved { embed, painted, blocks, last }))
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn backward<T: Float>(
-        &self,
-        p: &Params<T>,
-        g: &mut Params<T>,
-        saved: VitSaved<T>,
-        token: &MaskToken,
-        layer: usize,
-        cells: Cells,
-        d_map: &Tensor<T>,
-    ) -> Result<()> {
+    fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: VitSaved<T>, paint: Paint, d_map: &Tensor<T>) -> Result<()> {
+        let Paint { token, layer, cells } = paint;
         let VitSaved { embed, painted, blocks, last } = saved;
         let [b, h, w, c] = d_map.dims("gradient of the map")?;
         let mut d = without_class_token_backward(&d_map.reshape([b, h * w, c])?)?;
@@ -136,14 +139,14 @@ impl Vit {
         }
         for (i, (block, saved)) in self.blocks.iter().zip(blocks).enumerate().rev() {
             d = block.backward(p, g, saved, None, None, &d)?;
-            if layer == i + 1 {
-                d = token.backward(p, g, &painted, cells.hidden, &d)?;
+            if let (Some(x), true) = (&painted, layer == i + 1) {
+                d = token.backward(p, g, x, cells.hidden, &d)?;
             }
         }
         reduce::add_column_sums(g.get_mut(self.positions), d.data());
         let mut d = with_class_token_backward(g, self.class, &d)?;
-        if layer == 0 {
-            d = token.backward(p, g, &painted, cells.hidden, &d)?;
+        if let (Some(x), 0) = (&painted, layer) {
+            d = token.backward(p, g, x, cells.hidden, &d)?;
         }
         self.embed.backward_params(p, g, &embed, &d)?;
         Ok(())
@@ -164,6 +167,9 @@ pub struct A2mim {
     residual: bool,
     image: usize,
     chans: usize,
+    /// Pixels per side of a cell where the mask token is put, and how training masks.
+    cell: usize,
+    masks: Option<CoarseMask>,
 }
 
 /// What [`A2mim::backward`] needs, and the prediction.
@@ -189,7 +195,7 @@ impl<T: Float> Saved<T> {
 }
 
 impl A2mim {
-    /// The network from the keys of `mim.a2mim`.
+    /// The network from the keys of `mim.a2mim`. For training also `mask_patch_size` and `mask_ratio` (0.6).
     pub fn new(config: &Config) -> Result<Self> {
         let (image, chans, stride) = (config.positive("img_size")?, config.positive("in_chans")?, config.positive("encoder_stride")?);
         let (layer, kernel) = (config.usize("mask_layer")?, config.usize_or("kernel_size", 1)?);
@@ -204,40 +210,52 @@ impl A2mim {
         };
         let build = |names: &mut Names| {
             let mut backbone = names.at("backbone");
-            let (encoder, width, features) = if config.choice("encoder", &["vit", "resnet"])? == "vit" {
+            let (encoder, width, features, cell) = if config.choice("encoder", &["vit", "resnet"])? == "vit" {
                 let vit = Vit::new(&mut backbone, config, image, chans)?;
                 below(vit.blocks.len(), "blocks")?;
-                let dim = config.positive("embed_dim")?;
-                (Encoder::Vit(vit), dim, dim)
+                let (dim, patch) = (config.positive("embed_dim")?, config.positive("patch_size")?);
+                (Encoder::Vit(vit), dim, dim, patch)
             } else {
                 let settings = resnet::settings(config)?;
                 let trunk = Trunk::new(&mut backbone, &settings)?;
                 below(settings.layers.len(), "stages")?;
                 let width = if layer == 0 { settings.stem } else { settings.widths[layer - 1] };
-                let outputs = trunk.outputs();
-                (Encoder::ResNet { trunk, training: config.bool_or("training", true)? }, width, outputs)
+                let (outputs, shrink) = (trunk.outputs(), settings.strides.iter().take(layer).fold(4usize, |s, &k| s.saturating_mul(k)));
+                (Encoder::ResNet { trunk, training: config.bool_or("training", true)? }, width, outputs, shrink)
             };
             let token = MaskToken::new(&mut backbone, config, width, matches!(encoder, Encoder::ResNet { .. }))?;
             let settings = ConvSettings { padding: [kernel / 2; 2], ..ConvSettings::new(features, outputs, kernel) };
             let neck = Conv2d::new(names.at("neck.decoder_pred.0"), settings, Init::NORMAL_02)?;
-            Ok((encoder, token, neck))
+            Ok((encoder, token, neck, cell))
         };
-        let ((encoder, token, neck), layout) = Layout::build(build)?;
+        let ((encoder, token, neck, cell), layout) = Layout::build(build)?;
         let fill = config.str_or("fill", "mean")?;
         if !["mean", "none"].contains(&fill) {
             return Err(Error::config("fill", format!("expected \"mean\" or \"none\", found \"{fill}\"")));
         }
         let (loss, residual) = (A2mimLoss::from_config(config)?, config.bool_or("residual", false)?);
-        Ok(A2mim { layout, encoder, token, layer, neck, stride, loss, fill: fill == "mean", residual, image, chans })
+        let masks = match config.get("mask_patch_size") {
+            None => None,
+            Some(_) => Some(CoarseMask::new(image, config.positive("mask_patch_size")?, cell, config.f64_or("mask_ratio", 0.6)?)?),
+        };
+        Ok(A2mim { layout, encoder, token, layer, neck, stride, loss, fill: fill == "mean", residual, image, chans, cell, masks })
     }
 
-    /// Names, shapes and initialisation of the parameters.
-    pub fn layout(&self) -> &Arc<Layout> {
-        &self.layout
+    /// Whether batch norms use the batch in a training step.
+    fn training(&self) -> bool {
+        matches!(self.encoder, Encoder::ResNet { training: true, .. })
     }
 
-    /// The loss of `image` `[B, C, S, S]` with the cells `hidden` `[B, h, w]`; the prediction is in what is saved.
-    pub fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>, hidden: &[bool], cells: [usize; 3]) -> Result<(T, Saved<T>)> {
+    /// The loss of `image` `[B, C, S, S]` with the cells `hidden` `[B, h, w]`; the prediction is in what is saved. With `training`, batch
+    /// norms use the batch.
+    pub fn forward<T: Float>(
+        &self,
+        p: &Params<T>,
+        image: &Tensor<T>,
+        hidden: &[bool],
+        cells: [usize; 3],
+        training: bool,
+    ) -> Result<(T, Saved<T>)> {
         let dims @ [b, _, _, _] = image.dims("image")?;
         image.expect_shape("image", [b, self.chans, self.image, self.image])?;
         let mask = PixelMask::new(hidden, cells, dims)?;
@@ -245,12 +263,12 @@ impl A2mim {
         let at = Cells { hidden, size: [cells[1], cells[2]] };
         let (map, encoder) = match &self.encoder {
             Encoder::Vit(vit) => {
-                let (map, saved) = vit.forward(p, &x, &self.token, self.layer, at)?;
+                let (map, saved) = vit.forward(p, &x, Some(Paint { token: &self.token, layer: self.layer, cells: at }))?;
                 (map, EncoderSaved::Vit(saved))
             }
-            Encoder::ResNet { trunk, training } => {
+            Encoder::ResNet { trunk, .. } => {
                 let mut painted = None;
-                let (map, trunk) = trunk.forward_with(p, &x, *training, |stage, x| {
+                let (map, trunk) = trunk.forward_with(p, &x, training, |stage, x| {
                     if stage != self.layer {
                         return Ok(x);
                     }
@@ -296,7 +314,9 @@ impl A2mim {
         let d_map = self.neck.backward(p, g, &map, &unshuffle(&d_pred, self.stride)?)?;
         let at = Cells { hidden: &hidden, size: cells };
         match (&self.encoder, encoder) {
-            (Encoder::Vit(vit), EncoderSaved::Vit(saved)) => vit.backward(p, g, saved, &self.token, self.layer, at, &d_map),
+            (Encoder::Vit(vit), EncoderSaved::Vit(saved)) => {
+                vit.backward(p, g, saved, Paint { token: &self.token, layer: self.layer, cells: at }, &d_map)
+            }
             (Encoder::ResNet { trunk, .. }, EncoderSaved::ResNet { trunk: saved, painted }) => {
                 trunk.backward_with(p, g, saved, d_map, |g, stage, d| match &painted {
                     Some(x) if stage == self.layer => {
@@ -309,6 +329,56 @@ impl A2mim {
             }
             _ => unreachable!("an encoder is handed what it saved"),
         }
+    }
+}
+
+impl A2mim {
+    /// The masks of a training step, and their shape.
+    fn draw(&self, images: &Tensor<f32>, key: StepKey) -> Result<(Vec<bool>, [usize; 3])> {
+        let [batch, ..] = images.dims::<4>("images")?;
+        let masks = self.masks.ok_or_else(|| Error::config("mask_patch_size", "missing; training needs the side of a masked cell"))?;
+        Ok((masks.draw(batch, key), [batch, masks.side(), masks.side()]))
+    }
+}
+
+impl Objective for A2mim {
+    fn layout(&self) -> &Arc<Layout> {
+        &self.layout
+    }
+
+    fn image_shape(&self) -> (usize, usize) {
+        (self.image, self.chans)
+    }
+
+    fn loss(&self, params: &Params<f32>, grads: Option<&mut Params<f32>>, batch: Batch) -> Result<Loss> {
+        let (hidden, cells) = self.draw(batch.images, batch.key)?;
+        let (value, mut saved) = self.forward(params, batch.images, &hidden, cells, self.training())?;
+        let updates = saved.take_updates();
+        if let Some(grads) = grads {
+            self.backward(params, grads, saved, 1.0, None)?;
+        }
+        Ok(Loss { value, updates })
+    }
+
+    fn rate(&self, entry: &Entry) -> f64 {
+        if matches!(self.encoder, Encoder::ResNet { .. }) && entry.name.ends_with(".mask_token") { 0.1 } else { 1.0 }
+    }
+}
+
+impl MaskedModel for A2mim {
+    fn reconstruct(&self, params: &Params<f32>, images: &Tensor<f32>, key: StepKey) -> Result<Reconstruction> {
+        let (hidden, cells) = self.draw(images, key)?;
+        let (_, saved) = self.forward(params, images, &hidden, cells, false)?;
+        Ok(Reconstruction { hidden: hidden_pixels(&hidden, images.dims("images")?, self.cell)?, predicted: saved.pred })
+    }
+
+    fn features(&self, params: &Params<f32>, images: &Tensor<f32>) -> Result<Tensor<f32>> {
+        let map = match &self.encoder {
+            Encoder::Vit(vit) => vit.forward(params, images, None)?.0,
+            Encoder::ResNet { trunk, .. } => trunk.forward(params, images, false)?.0,
+        };
+        let [b, h, w, c] = map.dims("last map")?;
+        mean_tokens(&map.reshape([b, h * w, c])?)
     }
 }
 
@@ -390,7 +460,7 @@ impl Operation for MimA2mim {
         let (image, mask) = (run.input("image")?, run.ints("mask")?);
         let cells = mask.shape.dims("mask")?;
         let hidden = read_mask(mask, cells)?;
-        let (loss, mut saved) = model.forward(&p, &image, &hidden, cells)?;
+        let (loss, mut saved) = model.forward(&p, &image, &hidden, cells, model.training())?;
         let updates = saved.take_updates();
         run.output("loss", &Tensor::scalar(loss));
         run.output("pred", &saved.pred);
@@ -403,5 +473,46 @@ impl Operation for MimA2mim {
         }
         run.after_buffers(&model.layout, updates);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VIT: &str = r#"{"encoder": "vit", "img_size": 16, "patch_size": 2, "in_chans": 3, "embed_dim": 8, "depth": 2, "num_heads": 2,
+        "mlp_hidden": 16, "mask_layer": 1, "encoder_stride": 2, "replace": false, "mask_patch_size": 4, "mask_ratio": 0.5,
+        "fft_weight": 0.1, "fft_focal": true, "fft_unmask_replace": "mixed"}"#;
+    const RESNET: &str = r#"{"encoder": "resnet", "img_size": 32, "in_chans": 3, "block": "basic", "expansion": 1, "layers": [1, 1],
+        "strides": [1, 2], "stem_channels": 4, "base_channels": 4, "mask_layer": 1, "encoder_stride": 8, "replace": false,
+        "mask_gamma": true, "mask_patch_size": 8, "mask_ratio": 0.5, "loss_mode": "focal_l1_loss", "fft_weight": 0.5, "fft_focal": true,
+        "fft_unmask_weight": 1e-3, "fft_unmask_replace": "mixed"}"#;
+
+    /// What the trainer, the pictures and the probe rely on.
+    #[test]
+    fn objective() {
+        for json in [VIT, RESNET] {
+            let model = A2mim::new(&Config::parse(json).unwrap()).unwrap();
+            crate::mim::tests::check_objective(&model, 0.5, 8);
+        }
+    }
+
+    /// A step of a ResNet hands out new running statistics; features depend on them and on no other image of the batch.
+    #[test]
+    fn running_statistics() {
+        let model = A2mim::new(&Config::parse(RESNET).unwrap()).unwrap();
+        let mut p = Params::init(&model.layout, 1);
+        let mut rng = Rng::new(1, crate::tensor::random::Purpose::Case, 0, 0);
+        let images = Tensor::<f32>::from_fn([2, 3, 32, 32], |_| rng.normal() as f32);
+        let one = Tensor::new([1, 3, 32, 32], &images.data()[..3 * 32 * 32]).unwrap();
+        let before = model.features(&p, &images).unwrap();
+        assert_eq!(model.features(&p, &one).unwrap().data(), &before.data()[..8]);
+        let batch = Batch { images: &images, labels: &[], second: None, key: StepKey { seed: 1, step: 0 } };
+        let updates = model.loss(&p, None, batch).unwrap().updates;
+        assert!(!updates.is_empty());
+        p.update(&updates);
+        assert_ne!(model.features(&p, &images).unwrap().data(), before.data());
+        let rate = |name: &str| model.rate(model.layout.params().iter().find(|e| e.name == name).unwrap());
+        assert_eq!((rate("backbone.mask_token"), rate("backbone.conv1.weight")), (0.1, 1.0));
     }
 }

@@ -12,8 +12,9 @@ use rayon::prelude::*;
 use super::mask::read_mask;
 use crate::case::{Config, Draw, Operation, Run};
 use crate::error::{Error, Result};
-use crate::kernel::{elementwise, rows};
-use crate::model::beit::{Encoder, EncoderSaved, sample_encoder, settings};
+use crate::kernel::{categorical, elementwise, rows};
+use crate::model::beit::{Encoder, EncoderSaved, sample_encoder, settings, without_class_token};
+use crate::model::swin_ops::mean_tokens;
 use crate::nn::{Init, Layout, Linear, Params};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
@@ -44,6 +45,16 @@ pub struct Saved<T: Float> {
     pub accuracy: T,
 }
 
+impl<T: Float> Saved<T> {
+    /// The token of the largest logit (the first of several) at every masked position.
+    pub fn predicted(&self) -> Vec<u32> {
+        let [rows, vocab] = [self.labels.len(), self.logits.shape().rows_cols().1];
+        let mut index = vec![0; rows];
+        categorical::first_largest(&mut index, self.logits.data(), None, vocab);
+        index
+    }
+}
+
 impl BeitMim {
     /// The network from the keys of `mim.beit`.
     pub fn new(config: &Config) -> Result<Self> {
@@ -64,6 +75,11 @@ impl BeitMim {
     /// Patches N of an image.
     pub fn patches(&self) -> usize {
         self.encoder.grid().iter().product()
+    }
+
+    /// The mean of the patches' tokens of whole images, `[B, C]`.
+    pub fn features<T: Float>(&self, p: &Params<T>, image: &Tensor<T>) -> Result<Tensor<T>> {
+        mean_tokens(&without_class_token(&self.encoder.infer(p, image)?)?)
     }
 
     /// Loss, logits and accuracy of `image` with the patches `hidden` `[B, N]`, whose visual tokens stand in `tokens` `[B, N]`.

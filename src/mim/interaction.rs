@@ -30,6 +30,29 @@ fn read_pairs(pairs: &IntTensor, n: usize) -> Result<Vec<[usize; 2]>> {
     pairs.data.chunks_exact(2).map(read).collect()
 }
 
+/// The patches of a context for `pair`: of all others the `trunc((n − 2)·ratio)` of least noise, in that order.
+pub fn context<T: Float>(noise: &[T], pair: [usize; 2], ratio: f64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..noise.len()).filter(|patch| !pair.contains(patch)).collect();
+    order.sort_by(|&a, &b| noise[a].partial_cmp(&noise[b]).unwrap_or(std::cmp::Ordering::Equal));
+    order.truncate((noise.len().saturating_sub(2) as f64 * ratio) as usize);
+    order
+}
+
+/// The four images `[4, C, side, side]` of `S∪{i, j}`, `S∪{i}`, `S∪{j}` and `S` on a grid of `g × g` patches.
+pub fn four_images<T: Float>(out: &mut [T], image: &[T], side: usize, g: usize, pair: [usize; 2], context: &[usize]) {
+    let mut kept = vec![false; g * g];
+    context.iter().for_each(|&patch| kept[patch] = true);
+    let cell = side / g;
+    for (out, with) in out.chunks_exact_mut(image.len().max(1)).zip([[true, true], [true, false], [false, true], [false, false]]) {
+        let mut seen = kept.clone();
+        (0..2).filter(|&k| with[k]).for_each(|k| seen[pair[k]] = true);
+        for (pixel, (y, &x)) in out.iter_mut().zip(image).enumerate() {
+            let (row, column) = (pixel / side % side, pixel % side);
+            *y = if seen[row / cell * g + column / cell] { x } else { T::ZERO };
+        }
+    }
+}
+
 /// `analysis.interaction_masks`.
 pub struct InteractionMasks;
 
@@ -79,34 +102,22 @@ impl Operation for InteractionMasks {
         }
         let mut contexts = Vec::with_capacity(p * s * m);
         for (k, noise) in noise.data().chunks_exact(n).enumerate() {
-            let pair = pairs[k / s];
-            let mut order: Vec<usize> = (0..n).filter(|patch| !pair.contains(patch)).collect();
-            order.sort_by(|&a, &b| noise[a].partial_cmp(&noise[b]).unwrap_or(std::cmp::Ordering::Equal));
-            contexts.extend(order[..m].iter().map(|&patch| patch as i64));
+            contexts.extend(context(noise, pairs[k / s], ratio));
         }
-        let (cell, size) = (side / g, c * side * side);
+        let size = c * side * side;
         let mut images = Tensor::scratch([p, s, 4, c, side, side]);
         images.data_mut().par_chunks_mut((4 * size).max(1)).enumerate().for_each(|(k, sets)| {
-            let [i, j] = pairs[k / s];
-            let mut context = vec![false; n];
-            contexts[k * m..(k + 1) * m].iter().for_each(|&patch| context[patch as usize] = true);
-            for (set, (out, with)) in
-                sets.chunks_exact_mut(size).zip([[true, true], [true, false], [false, true], [false, false]]).enumerate()
-            {
-                debug_assert!(set < 4);
-                let (mut seen, at) = (context.clone(), [i, j]);
-                (0..2).filter(|&k| with[k]).for_each(|k| seen[at[k]] = true);
-                for (pixel, (y, &x)) in out.iter_mut().zip(image.data()).enumerate() {
-                    let (row, column) = (pixel / side % side, pixel % side);
-                    *y = if seen[row / cell * g + column / cell] { x } else { T::ZERO };
-                }
-            }
+            four_images(sets, image.data(), side, g, pairs[k / s], &contexts[k * m..(k + 1) * m]);
         });
+        let contexts = contexts.into_iter().map(|patch| patch as i64).collect();
         run.output_ints("contexts", IntTensor::new([p, s, m], contexts)?);
         run.output("images", &images);
         Ok(())
     }
 }
+
+/// How the class that is scored gets its score: `"modified"` is the logarithm of its odds, `"normal"` of its probability, `"yi"` its logit.
+pub const REWARDS: [&str; 3] = ["modified", "normal", "yi"];
 
 /// The score of class `label`.
 fn reward(logits: &[f64], label: usize, kind: &str) -> f64 {
@@ -122,6 +133,23 @@ fn reward(logits: &[f64], label: usize, kind: &str) -> f64 {
     }
 }
 
+/// `Δv` of the logits `[4, K]` of the four sets.
+pub fn interaction(logits: &[f64], label: usize, kind: &str) -> f64 {
+    let k = logits.len() / 4;
+    let score = |set: usize| reward(&logits[set * k..(set + 1) * k], label, kind);
+    score(0) - score(1) - score(2) + score(3)
+}
+
+/// The strength of R orders from `Δv` `[X, R, P, S]` of images, orders, pairs and contexts.
+pub fn strength(all: &[f64], [x, r, p, s]: [usize; 4]) -> Vec<f64> {
+    let mut strength = vec![0.0; r];
+    for (group, contexts) in all.chunks_exact(s.max(1)).enumerate() {
+        strength[group / p % r] += (contexts.iter().fold(0.0, |sum, d| sum + d) / s as f64).abs() / (x * p) as f64;
+    }
+    let mean = strength.iter().fold(0.0, |sum, x| sum + x) / r as f64;
+    strength.iter().map(|x| x / mean).collect()
+}
+
 /// `analysis.interaction`.
 pub struct Interaction;
 
@@ -132,7 +160,7 @@ impl Operation for Interaction {
 
     fn sample(rng: &mut Rng) -> Config {
         let mut config = Config::default();
-        config.set("reward", rng.pick(&["modified", "normal", "yi"]));
+        config.set("reward", rng.pick(&REWARDS));
         config
     }
 
@@ -145,7 +173,7 @@ impl Operation for Interaction {
     }
 
     fn run<T: Float>(run: &mut Run<T>) -> Result<()> {
-        let kind = run.config().choice("reward", &["modified", "normal", "yi"])?;
+        let kind = run.config().choice("reward", &REWARDS)?;
         let logits: Tensor<T> = run.input("logits")?;
         let [x, r, p, s, four, k] = logits.dims("input `logits`")?;
         if four != 4 || k == 0 || (kind == "modified" && k < 2) {
@@ -159,20 +187,13 @@ impl Operation for Interaction {
         let labels: Option<Vec<usize>> = labels.data.iter().map(label).collect();
         let labels = labels.ok_or_else(|| Error::value("input `labels`", format!("expected classes below {k}")))?;
         let each = |i: usize| -> f64 {
-            let scores: [f64; 4] = std::array::from_fn(|set| {
-                let row: Vec<f64> = logits.data()[(i * 4 + set) * k..(i * 4 + set + 1) * k].iter().map(|z| z.to_f64()).collect();
-                reward(&row, labels[i / (r * p * s)], kind)
-            });
-            scores[0] - scores[1] - scores[2] + scores[3]
+            let sets: Vec<f64> = logits.data()[i * 4 * k..(i + 1) * 4 * k].iter().map(|z| z.to_f64()).collect();
+            interaction(&sets, labels[i / (r * p * s)], kind)
         };
         let all: Vec<f64> = (0..x * r * p * s).map(each).collect();
-        let mut strength = vec![0.0; r];
-        for (group, contexts) in all.chunks_exact(s.max(1)).enumerate() {
-            strength[group / p % r] += (contexts.iter().fold(0.0, |sum, d| sum + d) / s as f64).abs() / (x * p) as f64;
-        }
-        let mean = strength.iter().fold(0.0, |sum, x| sum + x) / r as f64;
+        let strength = strength(&all, [x, r, p, s]);
         run.output("interactions", &Tensor::from_fn([x, r, p, s], |i| T::from_f64(all[i])));
-        run.output("strength", &Tensor::from_fn([r], |i| T::from_f64(strength[i] / mean)));
+        run.output("strength", &Tensor::from_fn([r], |i| T::from_f64(strength[i])));
         Ok(())
     }
 }

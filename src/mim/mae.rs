@@ -313,7 +313,7 @@ mod tests {
         let mae = Mae::new(&config).unwrap();
         let (side, chans) = mae.image_shape();
         let p = Params::<f32>::init(&mae.layout, 1);
-        let batch = Batch { images: &Tensor::zeros([1, chans, side, side]), labels: &[], key: StepKey { seed: 1, step: 0 } };
+        let batch = Batch { images: &Tensor::zeros([1, chans, side, side]), labels: &[], second: None, key: StepKey { seed: 1, step: 0 } };
         let error = mae.loss(&p, None, batch).unwrap_err();
         assert!(error.to_string().contains("mask_ratio"), "{error}");
     }

@@ -3,7 +3,9 @@
 pub mod a2mim;
 pub mod a2mim_loss;
 pub mod a2mim_paint;
+pub mod analysis;
 pub mod beit;
+pub mod beit_pretrain;
 pub mod blockwise;
 pub mod frequency;
 pub mod green_encoder;
@@ -56,7 +58,7 @@ pub(crate) mod tests {
         let images = Tensor::<f32>::from_fn([3, chans, side, side], |_| rng.normal() as f32);
         let key = StepKey { seed: 11, step: 4 };
         let mut p = Params::init(objective.layout(), 1);
-        let batch = Batch { images: &images, labels: &[], key };
+        let batch = Batch { images: &images, labels: &[], second: None, key };
         let loss = |p: &Params<f32>, batch| objective.loss(p, None, batch).unwrap().value;
         let first = loss(&p, batch);
         assert_eq!(first, loss(&p, batch));

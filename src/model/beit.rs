@@ -113,7 +113,11 @@ impl Encoder {
             rows::add_table(x.data_mut(), p.get(positions));
         }
         let shared = self.shared.map(|table| table.dense(p));
-        let (x, blocks) = stack::forward(p, &self.blocks, x, |block, _, x| block.forward(p, &x, shared.as_ref()))?;
+        let (x, blocks) = stack::forward(p, &self.blocks, x, |block, i, x| {
+            let run = block.forward(p, &x, shared.as_ref())?;
+            p.show(format!("blocks.{i}"), &run.0);
+            Ok(run)
+        })?;
         let (y, last) = match &self.norm {
             None => (x, None),
             Some(norm) => {

@@ -263,7 +263,7 @@ impl Encoder {
     pub fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>, plan: &Plan) -> Result<(Tensor<T>, Saved<T>)> {
         let (mut x, patches) = self.patch_embed.forward(p, image, Some(&plan.keep))?;
         let mut saved = Vec::with_capacity(self.stages.len());
-        for (stage, plan) in self.stages.iter().zip(&plan.stages) {
+        for (i, (stage, plan)) in self.stages.iter().zip(&plan.stages).enumerate() {
             let embed = match (&stage.embed, &plan.merged) {
                 (Some((conv, norm)), Some(cells)) => {
                     let c = conv.forward(p, &x, cells)?;
@@ -287,6 +287,7 @@ impl Encoder {
             }
             let peg = peg.ok_or_else(|| Error::config("depths", "expected at least one block per stage"))?;
             saved.push(StageSaved { embed, peg, blocks });
+            p.show(format!("stages.{i}"), &x);
         }
         let (y, stats) = self.norm.forward(p, &x)?;
         Ok((y, Saved { patches, stages: saved, last: x, stats }))

@@ -216,7 +216,11 @@ impl Encoder {
 
     /// The tokens after the last block.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>, plans: &[Plan]) -> Result<(Tensor<T>, EncoderSaved<T>)> {
-        stack::forward(p, &self.blocks, x, |(_, block), i, x| block.forward(p, x, &plans[i]))
+        stack::forward(p, &self.blocks, x, |(_, block), i, x| {
+            let run = block.forward(p, x, &plans[i])?;
+            p.show(format!("blocks.{i}"), &run.0);
+            Ok(run)
+        })
     }
 
     /// The gradient of the tokens that went in.

@@ -332,7 +332,11 @@ impl Encoder {
 
     /// The tokens after the last block.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>, plans: &Plans) -> Result<(Tensor<T>, EncoderSaved<T>)> {
-        stack::forward(p, &self.blocks, x, |(stage, shifted, block), _, x| block.forward(p, x, &plans[*stage][usize::from(*shifted)]))
+        stack::forward(p, &self.blocks, x, |(stage, shifted, block), i, x| {
+            let run = block.forward(p, x, &plans[*stage][usize::from(*shifted)])?;
+            p.show(format!("blocks.{i}"), &run.0);
+            Ok(run)
+        })
     }
 
     /// The gradient of the tokens that went in.

@@ -54,7 +54,11 @@ impl Trunk {
     pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>) -> Result<(Tensor<T>, TrunkSaved<T>)> {
         let [_, tokens, _] = x.dims("tokens")?;
         let groups = Groups::all(tokens, tokens);
-        let (x, blocks) = stack::forward(p, &self.blocks, x, |block, _, x| block.forward(p, x, &groups, None))?;
+        let (x, blocks) = stack::forward(p, &self.blocks, x, |block, i, x| {
+            let run = block.forward(p, x, &groups, None)?;
+            p.show(format!("blocks.{i}"), &run.0);
+            Ok(run)
+        })?;
         match &self.norm {
             None => {
                 p.show("tokens", &x);

@@ -61,7 +61,7 @@ pub use linear::Linear;
 pub use lpi::LocalPatchInteraction;
 pub use mlp::Mlp;
 pub use norm::{LayerNorm, Stats};
-pub use objective::{Batch, Loss, Objective};
+pub use objective::{Batch, Loss, Objective, View};
 pub use param::{Entry, Init, Layout, Names, Param, Params};
 pub use pass::{Named, Pass, StepKey, Watch};
 pub use patch_embed::PatchEmbed;

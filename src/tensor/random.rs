@@ -41,6 +41,8 @@ pub enum Purpose {
     Probe = 7,
     /// Mixup and cutmix.
     Mix = 8,
+    /// The noise of a tokenizer's training.
+    Noise = 9,
 }
 
 /// A stream of random numbers for one `(seed, purpose, step, sample)`.

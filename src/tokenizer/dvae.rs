@@ -10,12 +10,12 @@
 //! - `simple`: `loss = recon_loss + kl_weight · kl` with the mean squared error or `smooth_l1`, and
 //!   `kl = Σ (q + 1e-10)(ln(q + 1e-10) + ln V)`, summed over batch and positions as the release has it: scale the weight accordingly.
 
-use super::{codes_below, codes_tensor, dalle, simple, stack};
+use super::simple_vae::{Relaxation, Vae};
+use super::{codes_below, codes_tensor, dalle, most_likely, probabilities, simple, stack};
 use crate::case::{Config, Draw, Operation, Run, Value};
 use crate::error::{Error, Result};
-use crate::kernel::categorical::{self, Divergence};
+use crate::kernel::categorical::Divergence;
 use crate::kernel::elementwise;
-use crate::linalg::{Epilogue, Mat, MatMut, gemm};
 use crate::nn::gumbel_softmax::{self, Sample, check_tau};
 use crate::nn::logit_laplace;
 use crate::nn::maps::{channels_first, channels_last};
@@ -33,21 +33,6 @@ fn draw_gumbel(draw: &mut Draw, shape: [usize; 4]) {
         -libm::log(-libm::log(u))
     });
     draw.inputs.insert("gumbel".into(), Value::Float(noise));
-}
-
-/// The most likely code at every position of `[B, h, w, V]`.
-fn most_likely<T: Float>(logits: &Tensor<T>) -> Vec<u32> {
-    let (rows, width) = logits.shape().rows_cols();
-    let mut codes = vec![0; rows];
-    categorical::first_largest(&mut codes, logits.data(), None, width);
-    codes
-}
-
-/// `q = softmax(l)`.
-fn probabilities<T: Float>(logits: &Tensor<T>) -> Tensor<T> {
-    let mut q = Tensor::scratch(logits.shape());
-    categorical::softmax(q.data_mut(), logits.data(), None, 1.0, logits.shape().rows_cols().1);
-    q
 }
 
 /// `unmap_pixels(sigmoid(raw[:, :C]))` and, given its gradient, that of `raw`.
@@ -235,23 +220,6 @@ fn train_dalle<T: Float>(run: &mut Run<T>, sizes: dalle::Sizes) -> Result<()> {
     Ok(())
 }
 
-/// The mean reconstruction error, and its derivative by each value of the reconstruction.
-fn reconstruction<T: Float>(kind: &str, recon: &Tensor<T>, image: &Tensor<T>) -> (f64, Tensor<T>) {
-    let n = image.data().len() as f64;
-    let error = |d: f64| match kind {
-        "mse" => (d * d, 2.0 * d),
-        _ if d.abs() < 1.0 => (0.5 * d * d, d),
-        _ => (d.abs() - 0.5, d.signum()),
-    };
-    let mut sum = 0.0;
-    let slope = Tensor::from_fn(image.shape(), |i| {
-        let (value, slope) = error(recon.data()[i].to_f64() - image.data()[i].to_f64());
-        sum += value;
-        T::from_f64(slope / n)
-    });
-    (sum / n, slope)
-}
-
 fn decode_simple<T: Float>(run: &mut Run<T>, sizes: simple::Sizes) -> Result<()> {
     let ((decoder, codebook), layout) = Layout::build(|names| simple::decoder(names, sizes))?;
     let p = run.params(&layout)?;
@@ -281,45 +249,26 @@ fn decode_simple<T: Float>(run: &mut Run<T>, sizes: simple::Sizes) -> Result<()>
 }
 
 fn train_simple<T: Float>(run: &mut Run<T>, sizes: simple::Sizes) -> Result<()> {
-    const KL: Divergence = Divergence { a: 1e-10, b: 0.0 };
-    let ((encoder, (decoder, codebook)), layout) =
-        Layout::build(|names| Ok((simple::encoder(names.here(), sizes)?, simple::decoder(names, sizes)?)))?;
-    let (weight, kind) = (run.config().f64_or("kl_weight", 0.0)?, run.config().choice("recon", &["mse", "smooth_l1"])?);
+    let (vae, layout) = Layout::build(|names| Vae::new(names, sizes))?;
+    let (weight, kind) = (run.config().f64_or("kl_weight", 0.0)?, run.config().choice("recon", &["mse", "smooth_l1"])?.to_string());
+    let relaxation = Relaxation { tau: check_tau(run.config().f64("tau")?)?, hard: run.config().bool("hard")? };
     let p = run.params(&layout)?;
-    let (x, image) = image_of(run, sizes.in_chans, Some(sizes.image_size))?;
-    let (logits, encoded) = encoder.forward(&p, x)?;
-    let (Sample { soft, y, .. }, tau) = sample(run, &logits)?;
-    let (rows, v, d) = (y.data().len() / sizes.vocab_size, sizes.vocab_size, sizes.codebook_dim);
-    let (weights, table) = (Mat::new(y.data(), rows, v), Mat::new(p.get(codebook), v, d));
-    let mut e = Tensor::scratch(y.shape().with_last(d));
-    gemm(weights, table, MatMut::new(e.data_mut(), rows, d), Epilogue::default());
-    let (shown, decoded) = decoder.forward(&p, e)?;
-    let recon = channels_first(&shown)?;
-    let q = probabilities(&logits);
-    let codes = most_likely(&logits);
-    let kl = KL.sum(q.data(), v);
-    let (recon_loss, mut slope) = reconstruction(kind, &recon, &image);
-    scalar(run, "loss", recon_loss + weight * kl);
-    scalar(run, "recon_loss", recon_loss);
-    scalar(run, "kl", kl);
-    run.output("recon", &recon);
-    run.output_ints("tokens", codes_tensor(&codes, image.shape()[0])?);
-    drop((logits, shown));
+    let (_, image) = image_of(run, sizes.in_chans, Some(sizes.image_size))?;
+    let (batch, side) = (image.shape()[0], sizes.grid());
+    let gumbel = run.input("gumbel")?;
+    gumbel.expect_shape("input `gumbel`", [batch, sizes.vocab_size, side, side])?;
+    let trained = vae.train(&p, &image, &channels_last(&gumbel)?, relaxation, kind == "mse")?;
+    scalar(run, "loss", trained.recon_loss + weight * trained.kl);
+    scalar(run, "recon_loss", trained.recon_loss);
+    scalar(run, "kl", trained.kl);
+    run.output("recon", &trained.recon);
+    run.output_ints("tokens", codes_tensor(&trained.codes, batch)?);
     if run.backward() {
         let mut g = run.zero_grads(&p);
-        let d_loss = upstream(run, "loss")?;
-        // The image is the target, too: d_image = −slope.
-        slope = times(slope, d_loss + upstream(run, "recon_loss")?);
-        let mut d_recon = run.cotangent("recon", recon.shape())?;
-        elementwise::add(d_recon.data_mut(), slope.data());
-        let de = decoder.backward(&p, &mut g, decoded, channels_last(&d_recon)?)?;
-        let de = Mat::new(de.data(), rows, d);
-        gemm(weights.t(), de, MatMut::new(g.get_mut(codebook), v, d), Epilogue { accumulate: true, ..Epilogue::default() });
-        let mut dy = Tensor::scratch(y.shape());
-        gemm(de, table.t(), MatMut::new(dy.data_mut(), rows, v), Epilogue::default());
-        let factor = d_loss * weight + upstream(run, "kl")?;
-        let mut d_image = encoder_backward(run, &p, &mut g, &encoder, encoded, &soft, dy, tau, (KL, &q, factor))?;
-        elementwise::add_scaled(d_image.data_mut(), slope.data(), T::from_f64(-1.0));
+        let (d_loss, d_recon) = (upstream(run, "loss")?, run.cotangent("recon", image.shape())?);
+        let d = [d_loss + upstream(run, "recon_loss")?, d_loss * weight + upstream(run, "kl")?];
+        let [d_gumbel, d_image] = vae.train_backward(&p, &mut g, trained, d, Some(&d_recon))?;
+        run.grad_input("gumbel", &channels_first(&d_gumbel)?);
         run.grad_input("image", &d_image);
         run.grad_params(&g);
     }

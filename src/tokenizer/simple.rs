@@ -45,6 +45,13 @@ impl Sizes {
     }
 }
 
+impl Sizes {
+    /// Rows (and columns) of codes.
+    pub fn grid(&self) -> usize {
+        self.image_size >> self.num_layers
+    }
+}
+
 /// A convolution that keeps the size, or halves it with a kernel of 4.
 pub fn conv(names: Names, inputs: usize, outputs: usize, kernel: usize) -> Result<Layer> {
     let halves = kernel == 4;

@@ -62,6 +62,8 @@ pub struct TrainConfig {
     pub save_every: u64,
     /// The settings of fine-tuning; none for pre-training.
     pub finetune: Option<FineTune>,
+    /// The folder of the image tokenizer whose codes are predicted, for methods that do so.
+    pub tokenizer: Option<String>,
 }
 
 impl Default for TrainConfig {
@@ -85,6 +87,7 @@ impl Default for TrainConfig {
             seed: 0,
             save_every: 0,
             finetune: None,
+            tokenizer: None,
         }
     }
 }
@@ -120,6 +123,9 @@ impl TrainConfig {
         }
         if let (Some(finetune), Value::Object(map)) = (&self.finetune, &mut object) {
             finetune.write(map);
+        }
+        if let Some(folder) = &self.tokenizer {
+            object["tokenizer"] = folder.as_str().into();
         }
         object
     }
@@ -184,6 +190,7 @@ impl TrainConfig {
             seed: uint("seed")?,
             save_every: uint("save_every")?,
             finetune: if c.str("method")? == CLASSIFICATION { Some(FineTune::read(&c)?) } else { None },
+            tokenizer: c.get("tokenizer").map(|_| c.str("tokenizer").map(String::from)).transpose()?,
         };
         let known = config.to_json();
         if let Some(key) = c.keys().find(|key| known.get(key).is_none()) {

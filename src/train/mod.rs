@@ -3,10 +3,10 @@
 
 mod classification;
 mod config;
-mod loss;
 mod evaluation;
 mod finetune;
 mod layer_decay;
+mod loss;
 mod metrics;
 mod mixing;
 mod optimizer;
@@ -17,19 +17,18 @@ mod transfer;
 
 pub use classification::{Classification, Teacher};
 pub use config::{BUILTIN, Length, TrainConfig};
-pub use loss::cross_entropy;
-pub use metrics::{METRICS, StepReport, read as read_metrics};
 pub use evaluation::{Accuracy, Evaluation};
 pub use finetune::{CLASSIFICATION, FineTune, TeacherConfig};
 pub use layer_decay::layer_rates;
+pub use loss::cross_entropy;
 pub use metrics::{METRICS, StepReport, read as read_metrics, read_accuracies};
 pub use mixing::{Mix, Mixing};
 pub use optimizer::{Optimizer, clip, decay_runs, decays};
-pub use probe::{Features, ProbeResult, extract, pixels, probe};
+pub use probe::{Classifier, Features, ProbeResult, extract, pixels, probe};
 pub use schedule::Schedule;
 #[cfg(feature = "cli")]
 pub(crate) use trainer::prepare_folder;
-pub use trainer::{BEST, CHECKPOINT, Event, STATE, Trainer, saved_config};
+pub use trainer::{BEST, CHECKPOINT, Event, PROBE, STATE, SUMMARY, Trainer, saved_config};
 pub use transfer::{finetuning_network, transfer};
 
 pub use crate::nn::Checkpoint;

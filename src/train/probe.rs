@@ -86,6 +86,12 @@ pub fn probe(train: &Features, test: &Features) -> Result<ProbeResult> {
     if classes < 2 {
         return Err(Error::value("labels", "a linear probe needs images of at least two classes"));
     }
+    let (weights, lambda) = fit(train, classes);
+    Ok(ProbeResult { accuracy: Problem::new(test, train, classes, |_| true).accuracy(&weights), lambda })
+}
+
+/// The weights of a classifier of standardised features, and the λ that was chosen.
+fn fit(train: &Features, classes: usize) -> (Vec<f64>, f64) {
     let held_out = |i: usize| i % VALIDATION == VALIDATION - 1;
     let (fit, validate) = (Problem::new(train, train, classes, |i| !held_out(i)), Problem::new(train, train, classes, held_out));
     let mut best = (-1.0, GRID[0]);
@@ -109,7 +115,68 @@ pub fn probe(train: &Features, test: &Features) -> Result<ProbeResult> {
     let all = Problem::new(train, train, classes, |_| true);
     let mut weights = vec![0.0; all.len()];
     all.minimise(&mut weights, lambda);
-    Ok(ProbeResult { accuracy: Problem::new(test, train, classes, |_| true).accuracy(&weights), lambda })
+    (weights, lambda)
+}
+
+/// A linear classifier of features.
+#[derive(Clone, Debug)]
+pub struct Classifier {
+    /// `[classes, width]`.
+    weights: Vec<f32>,
+    bias: Vec<f32>,
+}
+
+impl Classifier {
+    /// Trained on `train` as [`probe`] does.
+    ///
+    /// # Errors
+    /// If there are fewer than two classes or no features.
+    pub fn train(train: &Features) -> Result<Self> {
+        let classes = train.labels.iter().max().map_or(0, |m| m + 1);
+        if classes < 2 || train.width == 0 {
+            return Err(Error::value("labels", "a linear classifier needs features of at least two classes"));
+        }
+        let ((weights, _), (mean, scale)) = (fit(train, classes), standard(train));
+        let mut classifier = Classifier { weights: Vec::with_capacity(classes * train.width), bias: Vec::with_capacity(classes) };
+        // Σ w (x − mean) scale + b, as weights of x itself.
+        for row in weights.chunks_exact(train.width + 1) {
+            let own = || row.iter().zip(&scale).map(|(w, scale)| w * scale);
+            classifier.weights.extend(own().map(|w| w as f32));
+            classifier.bias.push((row[train.width] - dot(&own().collect::<Vec<_>>(), &mean)) as f32);
+        }
+        Ok(classifier)
+    }
+
+    /// The logits `[n, classes]` of features `[n, width]`.
+    ///
+    /// # Errors
+    /// If the features have another width.
+    pub fn logits(&self, features: &Tensor<f32>) -> Result<Tensor<f32>> {
+        let ([n, width], classes) = (features.dims("features")?, self.bias.len());
+        if width * classes != self.weights.len() {
+            return Err(Error::shape("features", [n, self.weights.len() / classes], features.shape()));
+        }
+        let mut logits = Tensor::scratch([n, classes]);
+        let (x, w) = (Mat::new(features.data(), n, width), Mat::new(&self.weights, classes, width));
+        gemm(x, w.t(), MatMut::new(logits.data_mut(), n, classes), Epilogue { bias: Some(&self.bias), ..Epilogue::default() });
+        Ok(logits)
+    }
+}
+
+/// Mean and reciprocal deviation of every feature.
+fn standard(features: &Features) -> (Vec<f64>, Vec<f64>) {
+    let (w, n) = (features.width, features.labels.len() as f64);
+    let (mut mean, mut square) = (vec![0.0f64; w], vec![0.0f64; w]);
+    for row in features.values.chunks_exact(w) {
+        mean.iter_mut().zip(row).for_each(|(m, &x)| *m += f64::from(x) / n);
+    }
+    for row in features.values.chunks_exact(w) {
+        square.iter_mut().zip(row).zip(&mean).for_each(|((s, &x), m)| *s += (f64::from(x) - m).powi(2) / n);
+    }
+    // A feature that never changes says nothing; dividing by its rounding errors would.
+    let scale = |(s, m): (&f64, &f64)| if s.sqrt() > 1e-6 * (m.abs() + 1e-6) { 1.0 / s.sqrt() } else { 0.0 };
+    let scale = square.iter().zip(&mean).map(scale).collect();
+    (mean, scale)
 }
 
 /// Standardised features with a column of ones, and labels.
@@ -125,17 +192,7 @@ impl Problem {
     /// The images of `features` that `keep` accepts, standardised with the statistics of all of `reference`.
     fn new(features: &Features, reference: &Features, classes: usize, keep: impl Fn(usize) -> bool) -> Self {
         let w = features.width;
-        let n = reference.labels.len() as f64;
-        let (mut mean, mut square) = (vec![0.0f64; w], vec![0.0f64; w]);
-        for row in reference.values.chunks_exact(w) {
-            mean.iter_mut().zip(row).for_each(|(m, &x)| *m += f64::from(x) / n);
-        }
-        for row in reference.values.chunks_exact(w) {
-            square.iter_mut().zip(row).zip(&mean).for_each(|((s, &x), m)| *s += (f64::from(x) - m).powi(2) / n);
-        }
-        // A feature that never changes says nothing; dividing by its rounding errors would.
-        let scale: Vec<f64> =
-            square.iter().zip(&mean).map(|(s, m)| if s.sqrt() > 1e-6 * (m.abs() + 1e-6) { 1.0 / s.sqrt() } else { 0.0 }).collect();
+        let (mean, scale) = standard(reference);
         let chosen: Vec<usize> = (0..features.labels.len()).filter(|&i| keep(i)).collect();
         let mut x = Vec::with_capacity(chosen.len() * (w + 1));
         for &i in &chosen {

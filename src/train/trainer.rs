@@ -14,10 +14,10 @@ use super::evaluation::{Accuracy, Evaluation};
 use super::metrics::{METRICS, Metrics, StepReport};
 use super::optimizer::{Optimizer, clip};
 use super::schedule::Schedule;
-use crate::data::{Dataset, Loader, LoaderOptions};
+use crate::data::{Dataset, Loader, LoaderOptions, Transform};
 use crate::fs::write_atomic;
 use crate::nn::batch_norm::Updates;
-use crate::nn::{Batch, Checkpoint, Loss, Objective, Params, Pass, StepKey, encode, items};
+use crate::nn::{Batch, Checkpoint, Loss, Objective, Params, Pass, StepKey, View, encode, items};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 
@@ -27,6 +27,10 @@ pub const CHECKPOINT: &str = "checkpoint.safetensors";
 pub const BEST: &str = "best.safetensors";
 /// The trainer's state at the last save.
 pub const STATE: &str = "state.safetensors";
+/// What a run needed, written at its end.
+pub const SUMMARY: &str = "summary.json";
+/// What the linear probe made of a run.
+pub const PROBE: &str = "probe.json";
 
 /// What a run reports while it goes on.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +61,8 @@ pub struct Trainer<'a> {
     order: (Option<u64>, Vec<usize>),
     images: Tensor<f32>,
     labels: Vec<usize>,
+    /// The same crops for the objective's second view.
+    second: Option<(Loader<'a>, Tensor<f32>)>,
 }
 
 impl<'a> Trainer<'a> {
@@ -70,6 +76,14 @@ impl<'a> Trainer<'a> {
         let transform = config.training_transform((size, channels))?;
         let options = LoaderOptions { batch: config.batch, seed: config.seed, shuffle: true, drop_last: true };
         let loader = Loader::new(dataset, transform, options)?;
+        let second = match objective.second_view() {
+            None => None,
+            Some(View { size, normalization }) => {
+                // Crops depend on the random stream and not on the size.
+                let transform = Transform::training(size, channels, (config.crop, 1.0), normalization)?;
+                Some((Loader::new(dataset, transform, options)?, Tensor::zeros([config.batch, channels, size, size])))
+            }
+        };
         let schedule = config.schedule(config.steps(loader.steps() as u64));
         let params = Params::init(objective.layout(), config.seed);
         Ok(Trainer {
@@ -86,6 +100,7 @@ impl<'a> Trainer<'a> {
             order: (None, Vec::new()),
             images: Tensor::zeros([config.batch, channels, size, size]),
             labels: vec![0; config.batch],
+            second,
             config,
         })
     }
@@ -167,10 +182,14 @@ impl<'a> Trainer<'a> {
         let batch = self.config.batch;
         let indices = &self.order.1[within * batch..(within + 1) * batch];
         self.loader.fill(epoch, indices, self.images.data_mut(), &mut self.labels)?;
+        if let Some((loader, images)) = &mut self.second {
+            loader.fill(epoch, indices, images.data_mut(), &mut self.labels)?;
+        }
 
         self.grads.flat_mut().par_chunks_mut(1 << 16).for_each(|chunk| chunk.fill(0.0));
         let key = StepKey { seed: self.config.seed, step: self.step };
-        let batch = Batch { images: &self.images, labels: &self.labels, key };
+        let second = self.second.as_ref().map(|(_, images)| images);
+        let batch = Batch { images: &self.images, second, labels: &self.labels, key };
         let recompute = self.config.finetune.as_ref().is_some_and(|f| f.recompute);
         let training = self.params.run_as(Pass::Train { key, recompute });
         let Loss { value, updates } = self.objective.loss(&training, Some(&mut self.grads), batch)?;
@@ -313,7 +332,20 @@ pub fn saved_config(file: &Checkpoint) -> Result<TrainConfig> {
 }
 
 /// Every file that a run writes into its folder.
-const FILES: [&str; 8] = [STATE, CHECKPOINT, BEST, METRICS, "config.toml", "loss.svg", "accuracy.svg", "reconstruction.png"];
+const FILES: [&str; 12] = [
+    STATE,
+    CHECKPOINT,
+    BEST,
+    METRICS,
+    SUMMARY,
+    "config.toml",
+    "loss.svg",
+    "accuracy.svg",
+    "reconstruction.png",
+    "tokenizer.json",
+    "codebook.json",
+    PROBE,
+];
 
 /// Makes the folder of a run, and removes the temporary files that a killed run left in it: a process that happens to have the
 /// same number could not write its own.

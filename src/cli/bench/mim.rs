@@ -114,7 +114,7 @@ impl Candidate {
             let start = Instant::now();
             grads.flat_mut().fill(0.0);
             let key = StepKey { seed: 0, step: (2 * turn + step) as u64 };
-            let batch = Batch { images: &self.images, labels: &[], key };
+            let batch = Batch { images: &self.images, labels: &[], second: None, key };
             self.objective.loss(&params, Some(&mut grads), batch)?;
             optimizer.step(&mut params, &grads, 1e-4, step as u64 + 1, 1.0);
             if step == 1 && turn > 0 {
