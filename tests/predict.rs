@@ -331,6 +331,11 @@ fn accuracy_with_imagenet_folders() {
     complains(&base, &["bad.png"]);
 }
 
+fn predicted_from(checkpoint: &Path, images: &[String]) -> Value {
+    let said = good(&["predict", "--json", "--from", checkpoint.to_str().unwrap(), &images[0], &images[1]]).0;
+    serde_json::from_str(&said).unwrap()
+}
+
 /// A fine-tuning run knows its network, size, classes and data; classes are matched by name.
 #[test]
 fn runs() {
@@ -367,6 +372,11 @@ fn runs() {
     }
     let said = good(&["eval", "--from", from]).0;
     assert!(said.contains(&format!("top-1   {:6.2} %", 50.0 * right as f64)) && said.contains("2 images"), "{said}");
+
+    // A checkpoint by its own name is as good as the folder.
+    let best = run.join("best.safetensors");
+    fs::copy(&checkpoint, &best).unwrap();
+    assert_eq!(predicted_from(&best, &images), found);
 
     folder.put("data/yak/2.png", &png(noise(9, 9, 1)));
     complains(&["eval", "--from", from], &["`yak`"]);

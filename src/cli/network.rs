@@ -21,7 +21,7 @@ pub struct Choice {
     /// Its published weights: a safetensors file (`reference/convert.py` makes one of a PyTorch file)
     #[arg(long, value_name = "FILE", conflicts_with = "from")]
     weights: Option<PathBuf>,
-    /// The folder of a fine-tuning run, in place of --model and --weights
+    /// The folder of a fine-tuning run, or a checkpoint in it, in place of --model and --weights
     #[arg(long, value_name = "RUN")]
     from: Option<PathBuf>,
     /// Side of the images in pixels [default: the network's, or the run's]

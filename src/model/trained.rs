@@ -99,12 +99,12 @@ impl Trained {
         Self::load(model, eval, file, classes, new_head)
     }
 
-    /// The network of a fine-tuning run, from its folder.
+    /// The network of a fine-tuning run: its folder, for the last checkpoint, or another checkpoint in it.
     ///
     /// # Errors
-    /// As [`Trained::published`], or if the folder holds no such run.
-    pub fn from_run(folder: &Path, size: Option<usize>, new_head: bool) -> Result<Self> {
-        let file = Checkpoint::open(folder.join(CHECKPOINT))?;
+    /// As [`Trained::published`], or if there is no such run.
+    pub fn from_run(run: &Path, size: Option<usize>, new_head: bool) -> Result<Self> {
+        let file = if run.is_dir() { Checkpoint::open(run.join(CHECKPOINT)) } else { Checkpoint::open(run) }?;
         let run = RunConfig::read(&file)?;
         let classes = run.class_names.len();
         let model = Model::named(&run.model, classes, size.or(run.image_size)).map_err(|e| file.error(e.to_string()))?;
