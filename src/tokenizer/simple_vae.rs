@@ -1,4 +1,4 @@
-//! The discrete VAE of [`simple`](super::simple) as a whole: encoder, codebook, decoder.
+//! The discrete VAE of [`simple`] as a whole: encoder, codebook, decoder.
 //!
 //! `l = encoder(x)`, `y = gumbel_softmax(l, g, τ)`, `e = Σ_v y_v codebook_v`, `recon = decoder(e)`; the reconstruction loss is the mean of
 //! `ρ(recon − x)`, and `kl = Σ (q + 1e-10)(ln(q + 1e-10) + ln V)` over all positions, `q = softmax(l)`.
