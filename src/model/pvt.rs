@@ -216,11 +216,16 @@ impl Encoder {
 
     /// The tokens after the last block.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>, plans: &[Plan]) -> Result<(Tensor<T>, EncoderSaved<T>)> {
-        stack::forward(p, &self.blocks, x, |(_, block), i, x| {
-            let run = block.forward(p, x, &plans[i])?;
-            p.show(format!("blocks.{i}"), &run.0);
-            Ok(run)
-        })
+        let mut stage = 0;
+        let (y, saved) = stack::forward(p, &self.blocks, x, |(settings, block), i, x| {
+            if settings.downsample_from.is_some() {
+                p.show(format!("stages.{stage}"), &x);
+                stage += 1;
+            }
+            block.forward(p, x, &plans[i])
+        })?;
+        p.show(format!("stages.{stage}"), &y);
+        Ok((y, saved))
     }
 
     /// The gradient of the tokens that went in.

@@ -61,7 +61,6 @@ impl UmMae {
         let (mut x, embed) = self.embed.forward(p, image, None)?;
         rows::add_table(x.data_mut(), p.get(self.positions));
         let (x, blocks) = self.encoder.forward(p, x, &self.plans)?;
-        p.show("tokens", &x);
         let (y, head) = self.head.forward(p, &x)?;
         Ok((y, UmMaeSaved { embed, blocks, head }))
     }
@@ -438,6 +437,6 @@ mod tests {
         assert!(resized("head.weight", &table, 16).is_none());
         config.set("style", "um_mae");
         let cubic = resize("pos_embed", &Tensor::from_fn([1, 4, 1], |i| (i / 2 * 2) as f32), [1, 16, 1].into(), &config).unwrap().unwrap();
-        assert!((cubic.data()[0] - 0.0).abs() > 0.01, "bicubic interpolation overshoots");
+        assert!(cubic.data()[0] < -0.01, "bicubic interpolation overshoots");
     }
 }

@@ -332,11 +332,16 @@ impl Encoder {
 
     /// The tokens after the last block.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>, plans: &Plans) -> Result<(Tensor<T>, EncoderSaved<T>)> {
-        stack::forward(p, &self.blocks, x, |(stage, shifted, block), i, x| {
-            let run = block.forward(p, x, &plans[*stage][usize::from(*shifted)])?;
-            p.show(format!("blocks.{i}"), &run.0);
-            Ok(run)
-        })
+        let mut current = 0;
+        let (y, saved) = stack::forward(p, &self.blocks, x, |(stage, shifted, block), _, x| {
+            if *stage > current {
+                p.show(format!("stages.{current}"), &x);
+                current = *stage;
+            }
+            block.forward(p, x, &plans[*stage][usize::from(*shifted)])
+        })?;
+        p.show(format!("stages.{current}"), &y);
+        Ok((y, saved))
     }
 
     /// The gradient of the tokens that went in.

@@ -43,7 +43,6 @@ impl UmSwin {
     fn forward<T: Float>(&self, p: &Params<T>, image: &Tensor<T>) -> Result<(Tensor<T>, UmSwinSaved<T>)> {
         let (x, embed) = self.embed.forward(p, image, None)?;
         let (x, blocks) = self.encoder.forward(p, x, &self.plans)?;
-        p.show("tokens", &x);
         let (y, head) = self.head.forward(p, &x)?;
         Ok((y, UmSwinSaved { embed, blocks, head }))
     }
