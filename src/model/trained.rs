@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::network::Network;
 use super::weights::{self, Loaded};
 use super::zoo::{Eval, Model};
+use crate::case::Config;
 use crate::data::transform::Normalization;
 use crate::data::{Image, Transform, imagenet};
 use crate::error::{Error, Result};
@@ -30,6 +31,8 @@ pub struct RunConfig {
     pub data: Option<String>,
     /// How pixels become its input (`mean` and `std`), unless as published.
     pub normalization: Option<Normalization>,
+    /// Keys of the network's configuration that differ from the published one's (`network`).
+    pub network: Config,
 }
 
 impl RunConfig {
@@ -61,6 +64,8 @@ impl RunConfig {
             (Some(mean), Some(std)) => Some(Normalization { mean, std }),
             _ => None,
         };
+        let network = optional("network").map(|value| Config::parse(&value.to_string())).transpose();
+        let network = network.map_err(|e| file.error(format!("configuration key `network`: {e}")))?.unwrap_or_default();
         Ok(RunConfig {
             model: optional("model").and_then(Value::as_str).ok_or_else(|| wrong("model", "the name of a network"))?.to_string(),
             image_size: optional("image_size")
@@ -69,6 +74,7 @@ impl RunConfig {
             class_names,
             data,
             normalization,
+            network,
         })
     }
 }
@@ -107,7 +113,8 @@ impl Trained {
         let file = if run.is_dir() { Checkpoint::open(run.join(CHECKPOINT)) } else { Checkpoint::open(run) }?;
         let run = RunConfig::read(&file)?;
         let classes = run.class_names.len();
-        let model = Model::named(&run.model, classes, size.or(run.image_size)).map_err(|e| file.error(e.to_string()))?;
+        let mut model = Model::named(&run.model, classes, size.or(run.image_size)).map_err(|e| file.error(e.to_string()))?;
+        model.set(&run.network);
         // Runs are evaluated on the whole centre square.
         let normalization = run.normalization.unwrap_or(model.variant.eval.normalization);
         let eval = Eval { size: model.size, crop: 1.0, normalization };

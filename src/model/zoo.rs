@@ -145,6 +145,13 @@ impl Model {
         Ok(Model { family, variant, config, size })
     }
 
+    /// Replaces keys of the configuration.
+    pub fn set(&mut self, keys: &Config) {
+        for key in keys.keys() {
+            self.config.set(key, keys.get(key).cloned());
+        }
+    }
+
     /// Builds it.
     ///
     /// # Errors

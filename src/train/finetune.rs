@@ -181,9 +181,7 @@ impl FineTune {
     /// As [`Model::named`].
     pub fn model(&self, name: &str, image_size: usize) -> Result<Model> {
         let mut model = Model::named(name, self.class_names.len(), Some(image_size))?;
-        for key in self.network.keys() {
-            model.config.set(key, self.network.get(key).cloned());
-        }
+        model.set(&self.network);
         if self.drop_path > 0.0 {
             model.config.set("drop_path_rate", self.drop_path);
         }

@@ -10,11 +10,11 @@ use super::{Outcome, Report, median, say};
 use crate::error::{Error, Result};
 use crate::linalg::counted;
 use crate::model::zoo::Model;
-use crate::nn::{Params, Pass, StepKey};
+use crate::nn::{Batch, Objective, Params, Pass, StepKey};
 use crate::simd::{self, peak};
 use crate::tensor::random::{Purpose, Rng};
 use crate::tensor::{Tensor, pool};
-use crate::train::{Optimizer, cross_entropy};
+use crate::train::{Classification, FineTune, Optimizer};
 
 /// Measure a network: images per second, GFLOP/s, fraction of the FMA peak, memory
 #[derive(Args)]
@@ -56,24 +56,25 @@ impl BenchModel {
             return Err(Error::usage("--batch and --repeat: expected at least 1"));
         }
         let model = Model::named(&self.name, CLASSES, self.image_size)?;
-        let built = model.build()?;
-        let mut params = Params::<f32>::init(&built.layout, 0);
+        let class_names = (0..CLASSES).map(|class| class.to_string()).collect();
+        let classifier = Classification::new(&model, &FineTune { class_names, ..FineTune::default() })?;
+        let mut params = Params::<f32>::init(classifier.layout(), 0);
         let mut rng = Rng::new(0, Purpose::Case, 0, 0);
         let images = Tensor::from_fn([self.batch, 3, model.size, model.size], |_| rng.normal() as f32);
         let labels: Vec<usize> = (0..self.batch).map(|i| i * 37 % CLASSES).collect();
         let mut training =
-            (self.mode == Mode::Train).then(|| (Params::<f32>::zeros(&built.layout), Optimizer::new(&params, (0.9, 0.999), 0.05)));
+            (self.mode == Mode::Train).then(|| (Params::<f32>::zeros(classifier.layout()), Optimizer::new(&params, (0.9, 0.999), 0.05)));
         let mut step = |step: u64| -> Result<()> {
             let Some((grads, optimizer)) = &mut training else {
-                return built.network.infer(&params, &images).map(drop);
+                return classifier.logits(&params, &images).map(drop);
             };
             grads.flat_mut().fill(0.0);
-            let pass = Pass::Train { key: StepKey { seed: 0, step }, recompute: self.recompute };
-            let updates = built.network.learn(&params.run_as(pass), grads, &images, &mut |logits| {
-                Ok(logits.iter().map(|z| cross_entropy(z, &labels).1).collect())
-            })?;
+            let key = StepKey { seed: 0, step };
+            let pass = Pass::Train { key, recompute: self.recompute };
+            let batch = Batch { images: &images, second: None, labels: &labels, key };
+            let loss = classifier.loss(&params.run_as(pass), Some(grads), batch)?;
             optimizer.step(&mut params, grads, 1e-4, step + 1, 1.0);
-            params.update(&updates);
+            params.update(&loss.updates);
             Ok(())
         };
         let (warm, flops) = counted(|| step(0));
