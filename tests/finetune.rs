@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use karat::case::Config;
+use karat::data::transform::Normalization;
 use karat::data::{Dataset, Split, Transform};
 use karat::mim::methods;
 use karat::nn::{Batch, Checkpoint, Objective, Params, StepKey};
@@ -250,6 +251,19 @@ fn distillation_losses() {
     let taught: f64 = (0..3).map(|i| -row(&heads[1], i, 1.0)[best(i)]).sum::<f64>() / 3.0;
     check(loss(&hard, &params, None, KEY), 0.5 * labels(&heads[0]) + 0.5 * taught);
     let soft = classifier("deit_micro_distilled", &settings()).taught_by(teacher(Some(2.0))).unwrap();
+    let divergence = |i: usize| -> f64 { row(&u, i, 2.0).iter().zip(row(&heads[1], i, 2.0)).map(|(t, s)| t.exp() * (t - s)).sum() };
+    check(loss(&soft, &params, None, KEY), 0.5 * labels(&heads[0]) + 0.5 * 4.0 * (0..3).map(divergence).sum::<f64>() / 3.0);
+
+    // A teacher that is used to other pixels gets them: what the student sees as x, it sees as (x std + mean − mean′) / std′.
+    let student = settings().normalization;
+    let other = Normalization { mean: [0.4, 0.5, 0.1], std: [0.2, 0.3, 0.9] };
+    let plane = SIZE * SIZE;
+    let seen = |i: usize| images(3).data()[i] * student.std[0] + student.mean[0];
+    let pixels = Tensor::from_fn([3, 3, SIZE, SIZE], |i| (seen(i) - other.mean[i / plane % 3]) / other.std[i / plane % 3]);
+    let u = own.logits(&own_params, &pixels).unwrap();
+    let built = lessons.model("vit_micro", SIZE).unwrap().build().unwrap();
+    let picky = Teacher::new(built, own_params, Some(2.0), other, student);
+    let soft = classifier("deit_micro_distilled", &settings()).taught_by(picky).unwrap();
     let divergence = |i: usize| -> f64 { row(&u, i, 2.0).iter().zip(row(&heads[1], i, 2.0)).map(|(t, s)| t.exp() * (t - s)).sum() };
     check(loss(&soft, &params, None, KEY), 0.5 * labels(&heads[0]) + 0.5 * 4.0 * (0..3).map(divergence).sum::<f64>() / 3.0);
 

@@ -106,7 +106,7 @@ pub struct Finetune {
     /// Leave out images that cannot be read, instead of failing
     #[arg(long)]
     skip_bad: bool,
-    /// A configuration such as a run's config.toml; options go before it
+    /// A configuration such as a run's config.toml; options override it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// The folder to write [default: runs/finetune-MODEL]

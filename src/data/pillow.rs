@@ -64,16 +64,14 @@ impl Bitmap {
                 let mean = (sum as f64 / (self.height * self.width) as f64 + 0.5) as u8;
                 self.map(|v| blend(mean, v, amount as f32));
             }
-            Op::Color => {
-                if let ([rest @ ..], []) = self.pixels.as_chunks_mut::<3>()
-                    && self.channels == 3
-                {
-                    for pixel in rest {
-                        let grey = luma(pixel);
-                        pixel.iter_mut().for_each(|v| *v = blend(grey, *v, amount as f32));
-                    }
+            Op::Color if self.channels == 3 => {
+                for pixel in self.pixels.as_chunks_mut::<3>().0 {
+                    let grey = luma(pixel);
+                    pixel.iter_mut().for_each(|v| *v = blend(grey, *v, amount as f32));
                 }
             }
+            // Grey is its own grey version.
+            Op::Color => {}
             Op::Sharpness => {
                 let smooth = self.smoothed();
                 self.pixels.iter_mut().zip(smooth).for_each(|(v, s)| *v = blend(s, *v, amount as f32));
@@ -121,10 +119,11 @@ impl Bitmap {
             v(at - c) * side + v(at) * center + v(at + c) * side
         };
         for y in 1..self.height - 1 {
-            for at in y * stride + c..(y + 1) * stride - c {
+            let inner = y * stride + c..(y + 1) * stride - c;
+            for (at, to) in inner.clone().zip(&mut out[inner]) {
                 // Pillow's order: the row below first.
                 let sum = 0.5 + line(at + stride, side) + line(at, middle) + line(at - stride, side);
-                out[at] = sum as u8;
+                *to = sum as u8;
             }
         }
         out
