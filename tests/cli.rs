@@ -116,7 +116,9 @@ fn bad_usage_exits_with_2_and_one_line() {
 
 #[test]
 fn every_command_has_help_with_an_example() {
-    for command in [&["verify"][..], &["case"], &["case", "new"], &["case", "show"], &["list"], &[]] {
+    let cases = [&["verify"][..], &["case"], &["case", "new"], &["case", "show"], &["list"], &[]];
+    let training = [&["pretrain"][..], &["tokenizer", "train"], &["analyze", "interactions"], &["analyze", "fourier"], &["compare"]];
+    for command in cases.into_iter().chain(training) {
         let help = exits(0, &[command, &["--help"]].concat());
         assert!(help.contains("Example") && help.contains("karat "), "{command:?}: {help}");
     }
