@@ -72,8 +72,12 @@ class Torch:
         self.process = context.Process(target=worker, args=(theirs, *job))
         self.process.start()
         theirs.close()
-        self.connection.recv()
         self.seconds, self.memory = [], 0
+        try:
+            self.connection.recv()
+        except EOFError:  # no compiler, say: what it wrote to standard error stands there
+            self.process.join()
+            raise RuntimeError(f"PyTorch failed: {job}") from None
 
     def turn(self, steps: int):
         self.connection.send(steps)
@@ -111,7 +115,12 @@ def main():
     for name in args.names:
         for mode in args.modes:
             variants = [v for v in args.variants if mode == "infer" or v != "frozen"]
-            twins = {variant: Torch(name, mode, variant, args.batch, args.threads) for variant in variants}
+            twins = {}
+            for variant in variants:
+                try:
+                    twins[variant] = Torch(name, mode, variant, args.batch, args.threads)
+                except RuntimeError as error:
+                    print(error, file=sys.stderr)
             ours = []
             for _ in range(args.rounds):
                 ours.append(karat(name, mode, args))

@@ -40,7 +40,14 @@ impl Prepared {
     /// # Errors
     /// The operation refuses them.
     pub fn new(op: &Op, benchmark: &Benchmark, seed: u64) -> Result<Self> {
-        Self::with(op, benchmark.config.clone(), &Self::inputs(op, benchmark, seed)?, Some(seed))
+        let mut prepared = Self::with(op, benchmark.config.clone(), &Self::inputs(op, benchmark, seed)?, Some(seed))?;
+        if let Some(params) = &mut prepared.params {
+            // Near a network's start, where a softmax is soft: golden cases are far from it on purpose.
+            const NEAR: f32 = 0.1;
+            let start = Params::<f32>::init(params.layout(), seed);
+            params.flat_mut().iter_mut().zip(start.flat()).for_each(|(p, start)| *p = start + NEAR * (*p - start));
+        }
+        Ok(prepared)
     }
 
     /// The shapes of the inputs that [`new`](Self::new) would make, which is what a cost model wants to know.

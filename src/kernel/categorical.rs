@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{chunk_rows, get, put};
+use super::{chunk_rows, exp_of_softmax, get, put};
 use crate::linalg::{Mat, MatMut};
 use crate::simd::{Kernel, LANES, Vector};
 use crate::tensor::{Buffer, Float};
@@ -36,7 +36,7 @@ impl<T: Float> Kernel<T> for Softmax<'_, T> {
             let (center, mut sum) = (V::splat(best.largest()), V::splat(T::ZERO));
             j = 0;
             while j < x.len() {
-                let e = (get::<T, V>(out, j, T::NEG_INFINITY) - center).exp();
+                let e = exp_of_softmax::<T, V>(get::<T, V>(out, j, T::NEG_INFINITY) - center);
                 sum = sum + e;
                 put(e, out, j);
                 j += LANES;

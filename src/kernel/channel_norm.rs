@@ -50,7 +50,8 @@ fn sum_rows<T: Float, V: Vector<T>>(rows: usize, f: impl Fn(usize, V) -> V) -> V
         let mut acc = [V::splat(T::ZERO); 4];
         let mut r = first;
         while r + 4 <= last {
-            acc = std::array::from_fn(|i| f(r + i, acc[i]));
+            // Written out: a closure inside `from_fn` need not be inlined into a kernel compiled for AVX.
+            acc = [f(r, acc[0]), f(r + 1, acc[1]), f(r + 2, acc[2]), f(r + 3, acc[3])];
             r += 4;
         }
         while r < last {

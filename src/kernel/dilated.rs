@@ -13,7 +13,7 @@
 //! One task is one row of a map and the heads that share a dilation; lanes run along the channels of a head.
 
 use super::attention::Operand;
-use super::{get, put};
+use super::{exp_of_softmax, get, put};
 use crate::linalg::{ColumnsMut, count_flops, par_blocks};
 use crate::simd::{Kernel, LANES, Vector};
 use crate::tensor::{Buffer, Float};
@@ -127,7 +127,12 @@ fn part<'a, T>(x: &Operand<'a, T>, token: usize, column: usize, width: usize) ->
 
 #[inline(always)]
 fn load<T: Float, V: Vector<T>, const N: usize>(x: &[T]) -> [V; N] {
-    std::array::from_fn(|i| get(x, i * LANES, T::ZERO))
+    // A loop and not a closure, which a kernel compiled for AVX need not inline.
+    let mut vectors = [V::splat(T::ZERO); N];
+    for (i, v) in vectors.iter_mut().enumerate() {
+        *v = get(x, i * LANES, T::ZERO);
+    }
+    vectors
 }
 
 /// `out[t] ← scale · x·y_t` for the slots inside; `y` at `column` of tokens from `first` on.
@@ -189,7 +194,7 @@ fn exponentials<T: Float, V: Vector<T>>(e: &mut [T], logits: &[T]) -> T {
     }
     let (max, mut sum) = (V::splat(best.largest()), V::splat(T::ZERO));
     for (e, l) in e.chunks_exact_mut(LANES).zip(logits.chunks_exact(LANES)) {
-        let x = (V::load(l) - max).exp();
+        let x = exp_of_softmax::<T, V>(V::load(l) - max);
         sum = sum + x;
         x.store(e);
     }

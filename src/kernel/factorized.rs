@@ -1,6 +1,6 @@
 //! What factorised attention does element by element: softmax down the columns, products with a map.
 
-use super::{get, put};
+use super::{exp_of_softmax, get, put};
 use crate::linalg::Mat;
 use crate::simd::{Kernel, LANES, Vector};
 use crate::tensor::Float;
@@ -55,7 +55,7 @@ impl<T: Float> Kernel<T> for Exponentials<'_, T> {
             let x = row(&self.x, i);
             let mut j = 0;
             while j < e.len() {
-                let mut v = (get::<T, V>(x, j, T::ZERO) - get(self.max, j, T::ZERO)).exp();
+                let mut v = exp_of_softmax::<T, V>(get::<T, V>(x, j, T::ZERO) - get(self.max, j, T::ZERO));
                 if let Some(factors) = self.factors {
                     v = v * get(factors, j, T::ZERO);
                 }

@@ -19,7 +19,7 @@
 use std::ops::Range;
 
 use super::attention::Operand;
-use super::{get, put};
+use super::{exp_of_softmax, get, put};
 use crate::linalg::{ColumnsMut, Mat, MatMut, par_blocks};
 use crate::simd::{Kernel, LANES, Vector};
 use crate::tensor::{Buffer, Float};
@@ -227,7 +227,7 @@ impl<T: Float> Kernel<T> for Softmax<'_, T> {
             let (center, mut sum) = (V::splat(max), V::splat(T::ZERO));
             j = 0;
             while j < row.len() {
-                let e = ((get::<T, V>(row, j, T::NEG_INFINITY) + shift - center) * relax).exp();
+                let e = exp_of_softmax::<T, V>((get::<T, V>(row, j, T::NEG_INFINITY) + shift - center) * relax);
                 sum = sum + e;
                 put(e, row, j);
                 j += LANES;
@@ -260,7 +260,7 @@ impl<T: Float> Kernel<T> for Again<'_, T> {
             let (max, inverse) = (V::splat(stats[0]), V::splat(stats[1]));
             let mut j = 0;
             while j < row.len() {
-                put(((get::<T, V>(row, j, T::ZERO) + shift - max) * relax).exp() * inverse, row, j);
+                put(exp_of_softmax::<T, V>((get::<T, V>(row, j, T::ZERO) + shift - max) * relax) * inverse, row, j);
                 j += LANES;
             }
         }

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::reduce::dot_lanes;
-use super::{chunk_rows, get, put};
+use super::{chunk_rows, exp_of_softmax, get, put};
 use crate::simd::{Kernel, LANES, Vector};
 use crate::tensor::Float;
 
@@ -31,7 +31,7 @@ impl<T: Float> Kernel<T> for Forward<'_, T> {
             let (center, mut sum) = (V::splat(best.largest()), V::splat(T::ZERO));
             j = 0;
             while j < row.len() {
-                let e = (get::<T, V>(row, j, T::NEG_INFINITY) - center).exp();
+                let e = exp_of_softmax::<T, V>(get::<T, V>(row, j, T::NEG_INFINITY) - center);
                 sum = sum + e;
                 put(e, row, j);
                 j += LANES;

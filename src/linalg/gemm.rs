@@ -225,28 +225,39 @@ impl<'a, T: Float> RawEpilogue<'a, T> {
         let mut j = 0;
         while j < len {
             let end = (j + LANES).min(len);
-            let get = |s: &[T]| if end - j == LANES { V::load(&s[j..end]) } else { V::load_partial(&s[j..end], T::ZERO) };
-            let put = |v: V, s: &mut [T]| if end - j == LANES { v.store(&mut s[j..end]) } else { v.store_partial(&mut s[j..end]) };
-            let mut x = get(row);
+            let mut x: V = get(&row[j..end]);
             if let Some(bias) = bias {
-                x = x + get(bias);
+                x = x + get(&bias[j..end]);
             }
             if let Some(residual) = residual {
-                x = x + get(residual);
+                x = x + get(&residual[j..end]);
             }
             match (pre, &mut out) {
                 (Some(pre), Some(out)) => {
-                    let (value, slope) = get(pre).gelu_with_grad();
+                    let (value, slope) = get::<T, V>(&pre[j..end]).gelu_with_grad();
                     x = x * slope;
-                    put(value, out);
+                    put(value, &mut out[j..end]);
                 }
-                (None, Some(out)) => put(x.gelu(), out),
+                (None, Some(out)) => put(x.gelu(), &mut out[j..end]),
                 _ => {}
             }
-            put(x, row);
+            put(x, &mut row[j..end]);
             j = end;
         }
     }
+}
+
+// Functions and not closures, which a kernel compiled for AVX need not inline.
+
+/// The at most sixteen elements of `s`.
+#[inline(always)]
+fn get<T: Float, V: Vector<T>>(s: &[T]) -> V {
+    if s.len() == LANES { V::load(s) } else { V::load_partial(s, T::ZERO) }
+}
+
+#[inline(always)]
+fn put<T: Float, V: Vector<T>>(v: V, s: &mut [T]) {
+    if s.len() == LANES { v.store(s) } else { v.store_partial(s) }
 }
 
 /// `C (+)= A B` with an epilogue, on all threads of the current pool.

@@ -36,6 +36,8 @@ pub trait Float:
     const ONE: Self;
     /// −∞.
     const NEG_INFINITY: Self;
+    /// Where `e^x` is nothing beside 1: `ln 2⁻¹⁰⁰` in f32, far above the subnormal numbers.
+    const NOTHING: Self;
 
     /// Rounds to this precision.
     fn from_f64(x: f64) -> Self;
@@ -59,12 +61,13 @@ pub trait Float:
 }
 
 macro_rules! float {
-    ($t:ident, $name:literal, $dispatch:path) => {
+    ($t:ident, $name:literal, $nothing:literal, $dispatch:path) => {
         impl Float for $t {
             const NAME: &'static str = $name;
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
             const NEG_INFINITY: Self = $t::NEG_INFINITY;
+            const NOTHING: Self = $nothing;
 
             fn from_f64(x: f64) -> Self {
                 x as $t
@@ -88,8 +91,8 @@ macro_rules! float {
     };
 }
 
-float!(f32, "f32", crate::simd::dispatch_f32);
-float!(f64, "f64", crate::simd::dispatch_f64);
+float!(f32, "f32", -69.314_72, crate::simd::dispatch_f32);
+float!(f64, "f64", -700.0, crate::simd::dispatch_f64);
 
 /// IEEE binary16, widened exactly.
 pub fn f16_to_f64(bits: u16) -> f64 {

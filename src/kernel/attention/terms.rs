@@ -1,6 +1,6 @@
 //! What stands between `s Q Kᵀ` and the softmax: a factor, a bias and a mask per pair of positions; and the score kernels.
 
-use super::super::{get, put};
+use super::super::{exp_of_softmax, get, put};
 use super::Bias;
 use crate::simd::{Kernel, LANES, Vector};
 use crate::tensor::{Buffer, Float};
@@ -353,7 +353,7 @@ impl<T: Float> Kernel<T> for Scores<'_, T> {
             let (center, scale, mut sum) = (V::splat(max), V::splat(inverse), V::splat(T::ZERO));
             let mut j = 0;
             while j < n {
-                let e = (get::<T, V>(row, j, T::NEG_INFINITY) - center).exp();
+                let e = exp_of_softmax::<T, V>(get::<T, V>(row, j, T::NEG_INFINITY) - center);
                 sum = sum + e;
                 put(e * scale, row, j);
                 j += LANES;

@@ -3,6 +3,7 @@
 // Loops over heads that are held in registers read better by index.
 #![allow(clippy::needless_range_loop)]
 
+use crate::kernel::exp_of_softmax;
 use crate::linalg::{Mat, MatMut, count_flops};
 use crate::simd::{Kernel, LANES, Vector};
 use crate::tensor::Float;
@@ -117,7 +118,7 @@ fn exponentials<T: Float, V: Vector<T>, const I: usize>(k: &mut Exponentials<T>,
         let (center, mut sum) = (V::splat(max), V::splat(T::ZERO));
         let from = (first + i) * plane + at;
         for x in k.out[from..from + stride].chunks_exact_mut(LANES) {
-            let e = (V::load(x) - center).exp();
+            let e = exp_of_softmax::<T, V>(V::load(x) - center);
             sum = sum + e;
             e.store(x);
         }
@@ -161,7 +162,7 @@ fn attend<T: Float, V: Vector<T>, const I: usize>(k: &mut Attend<T>, row: usize,
             if j + LANES >= stride {
                 x = x + beyond::<T, V>(k.block.keys);
             }
-            (x.exp() * V::splat(stats[2 * i + 1])).store(&mut k.out[(first + i) * plane + at + j..]);
+            (exp_of_softmax::<T, V>(x) * V::splat(stats[2 * i + 1])).store(&mut k.out[(first + i) * plane + at + j..]);
         }
     }
 }
