@@ -437,7 +437,7 @@ mod program {
         pictures(&dir.join("more"), &dir.join("mae/reconstruction.png"), &["cat", "dog"]);
         bad(dir, &format!("{student} --out x").replace("pets", "more"), "the teacher has other classes: 3, the images have 2");
         let again = "finetune --from a --data more --batch 2 --steps 1";
-        bad(dir, &format!("{again} --out x"), "--new-head leaves the classifier out");
+        bad(dir, &format!("{again} --out x"), "--new-head to leave it out");
         karat(0, dir, &format!("{again} --new-head --out d"));
 
         let mut damaged = whole;

@@ -242,7 +242,7 @@ fn analysed_and_compared() {
         let maps = json(&run.join("fourier.json"))["maps"].clone();
         let found: Vec<u64> = maps.as_array().unwrap().iter().map(|map| map["side"].as_u64().unwrap()).collect();
         assert_eq!(found, sides);
-        assert!(fs::read_to_string(run.join("fourier.svg")).unwrap().contains("stage.1"));
+        assert!(fs::read_to_string(run.join("fourier.svg")).unwrap().contains("stages.1"));
     }
     good(karat().arg("probe").arg("--from").arg(&runs[0]).output().unwrap());
     let chart = at("compare.svg");

@@ -3,9 +3,13 @@
 use super::op::Op;
 use crate::error::{Error, Result};
 
-/// The unit tests run layers, not operations: with all of these their build would take as long as the library's.
+/// The unit tests run layers, and problem strings of these operations: with all of them their build would take as long as the library's.
 #[cfg(test)]
-static OPERATIONS: &[Op] = &[Op::of::<crate::nn::positions::PosEmbedSinCos2d>()];
+static OPERATIONS: &[Op] = &[
+    Op::of::<crate::attention::softmax::SoftmaxAttention>(),
+    Op::of::<crate::attention::window::Window>(),
+    Op::of::<crate::grouping::ops::GroupSweep>(),
+];
 
 #[cfg(not(test))]
 static OPERATIONS: &[Op] = &[

@@ -44,12 +44,12 @@ impl Dropout {
 
     /// Masks `x`, or its gradient; `layer` tells the uses of one seed apart.
     pub fn apply<T: Float>(&self, p: &Params<T>, x: &mut [T], layer: u64) {
+        let layer = self.first + layer;
         let (seed, step) = match p.pass() {
-            Pass::Train { key, .. } => (key.seed, key.step),
-            _ if self.always => (self.seed, 0),
+            Pass::Train { key, .. } => (key.seed ^ (1 + layer).wrapping_mul(0xD1B5_4A32_D192_ED03), key.step),
+            _ if self.always => (self.seed, layer),
             _ => return,
         };
-        let seed = seed ^ (1 + self.first + layer).wrapping_mul(0xD1B5_4A32_D192_ED03);
         let keep = T::from_f64(1.0 / (1.0 - self.rate));
         x.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, x)| {
             let mut rng = Rng::new(seed, Purpose::DropPath, step, chunk as u64);
