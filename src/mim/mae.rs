@@ -17,7 +17,7 @@ use super::{MaskedModel, Reconstruction};
 use crate::case::{Config, Draw, Operation, Run};
 use crate::error::{Error, Result};
 use crate::kernel::{elementwise, rows};
-use crate::model::vit::{Encoder, EncoderSaved, EncoderSettings, Trunk, TrunkSaved, mae_block_settings};
+use crate::model::vit_encoder::{Encoder, EncoderSaved, EncoderSettings, Trunk, TrunkSaved, mae_block_settings};
 use crate::nn::{Batch, Init, Layout, Linear, Loss, Names, Objective, Param, Params, StepKey, xavier};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::kernel::{elementwise, rows};
 use crate::model::pvt;
 use crate::model::um_swin::{self, Positions};
-use crate::model::vit::{Trunk, TrunkSaved, mae_block_settings};
+use crate::model::vit_encoder::{Trunk, TrunkSaved, mae_block_settings};
 use crate::nn::{Init, LayerNorm, Names, Param, Params, Pass, PatchEmbed, Stats, patch_embed, xavier};
 use crate::tensor::{Float, Tensor};
 

@@ -22,7 +22,7 @@ use crate::case::{Config, Draw, Operation, Run};
 use crate::error::{Error, Result};
 use crate::kernel::{elementwise, rows};
 use crate::model::swin_ops::mean_tokens;
-use crate::model::vit::{Trunk, TrunkSaved, mae_block_settings};
+use crate::model::vit_encoder::{Trunk, TrunkSaved, mae_block_settings};
 use crate::nn::{Batch, Init, Layout, Linear, Loss, Names, Objective, Param, Params, StepKey, xavier};
 use crate::tensor::random::{Purpose, Rng};
 use crate::tensor::{Float, IntTensor, Tensor};

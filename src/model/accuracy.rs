@@ -4,6 +4,13 @@ use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
 
+/// How many classes come before `class`: 0 is right. Of equal logits the lower class comes first; logits that are no numbers come before
+/// all others, and what is not finite is never right.
+pub fn rank(logits: &[f32], class: usize) -> Option<usize> {
+    let own = logits.get(class).filter(|z| z.is_finite())?;
+    Some(logits.iter().enumerate().filter(|&(other, z)| z > own || z == own && other < class || z.is_nan()).count())
+}
+
 /// Tallies of classified images.
 #[derive(Clone, Debug, Default)]
 pub struct Accuracy {
@@ -20,14 +27,14 @@ impl Accuracy {
     /// # Errors
     /// If there is no such class.
     pub fn add(&mut self, logits: &[f32], class: usize) -> Result<()> {
-        let Some(&own) = logits.get(class) else {
+        if class >= logits.len() {
             return Err(Error::value("class", format!("{class}, expected less than {}", logits.len())));
-        };
-        let before = logits.iter().enumerate().filter(|&(other, &z)| z > own || z == own && other < class).count();
+        }
+        let rank = rank(logits, class);
         let best = logits.iter().enumerate().fold(0, |best, (other, &z)| if z > logits[best] { other } else { best });
         self.images += 1;
-        self.top1 += usize::from(before == 0);
-        self.top5 += usize::from(before < 5);
+        self.top1 += usize::from(rank == Some(0));
+        self.top5 += usize::from(rank.is_some_and(|rank| rank < 5));
         *self.confusion.entry((class, best)).or_default() += 1;
         Ok(())
     }

@@ -37,6 +37,7 @@ pub mod um_swin;
 pub mod um_swin_model;
 pub mod vit;
 pub mod vit_block;
+pub mod vit_encoder;
 pub mod vt_fpn;
 pub mod vt_resnet;
 pub mod weights;

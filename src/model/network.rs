@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::kernel::elementwise;
 use crate::nn::batch_norm::Updates;
 use crate::nn::{Layout, Names, Params, Pass};
 use crate::tensor::Tensor;
@@ -23,6 +24,24 @@ pub trait Classifier: Send + Sync {
 
     /// Adds the gradients of the parameters, from those of each head's logits.
     fn backward(&self, p: &Params<f32>, g: &mut Params<f32>, saved: Self::Saved, d: &[Tensor<f32>]) -> Result<()>;
+}
+
+/// The prediction: the mean of the heads' logits.
+///
+/// # Errors
+/// If there is no head, or the shapes differ.
+pub fn mean_logits(heads: &[Tensor<f32>]) -> Result<Tensor<f32>> {
+    let (first, others) = heads.split_first().ok_or_else(|| Error::missing("the network's classifier"))?;
+    let mut logits = first.clone();
+    for head in others {
+        head.expect_shape("logits", first.shape())?;
+        elementwise::add(logits.data_mut(), head.data());
+    }
+    if !others.is_empty() {
+        let share = 1.0 / heads.len() as f32;
+        logits.data_mut().iter_mut().for_each(|x| *x *= share);
+    }
+    Ok(logits)
 }
 
 /// The gradient of a loss by each head's logits.

@@ -12,8 +12,9 @@
 use super::network::{Built, Classifier};
 use super::stack::{self, Kept};
 use super::t2t_block::{BlockSettings, TokenBlock, Windows};
-use super::vit::{Trunk, TrunkSaved, resize_pos_embed};
+use super::vit::resize_pos_embed;
 use super::vit_block::hidden_width;
+use super::vit_encoder::{Trunk, TrunkSaved};
 use super::weights::{self, Rules};
 use super::zoo::{self, Eval, Family, Variant};
 use super::{t2t_block, vit_block};

@@ -5,7 +5,7 @@ use std::path::Path;
 use rayon::prelude::*;
 use serde_json::Value;
 
-use super::network::Network;
+use super::network::{Network, mean_logits};
 use super::weights::{self, Loaded};
 use super::zoo::{Eval, Model};
 use crate::case::Config;
@@ -211,16 +211,7 @@ impl Trained {
 
 /// The mean of the heads' logits.
 fn mean(heads: &[Tensor<f32>]) -> Result<Tensor<f32>> {
-    let (first, others) = heads.split_first().ok_or_else(|| Error::missing("the network's classifier"))?;
-    let mut logits = first.clone();
-    for head in others {
-        head.expect_shape("logits", first.shape())?;
-        logits.data_mut().iter_mut().zip(head.data()).for_each(|(sum, x)| *sum += x);
-    }
-    if !others.is_empty() {
-        let share = 1.0 / heads.len() as f32;
-        logits.data_mut().iter_mut().for_each(|x| *x *= share);
-    }
+    let logits = mean_logits(heads)?;
     if logits.data().iter().any(|x| !x.is_finite()) {
         return Err(Error::value("logits", "not all finite: expected weights of a trained network"));
     }

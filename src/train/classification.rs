@@ -15,8 +15,7 @@ use super::finetune::FineTune;
 use super::layer_decay::layer_rates;
 use super::mixing::Mixing;
 use crate::data::transform::Normalization;
-use crate::kernel::elementwise;
-use crate::model::network::{Built, Network};
+use crate::model::network::{Built, Network, mean_logits};
 use crate::model::zoo::Model;
 use crate::nn::{Batch, Entry, Layout, Loss, Objective, Params};
 use crate::tensor::Tensor;
@@ -40,14 +39,14 @@ impl Teacher {
     }
 
     fn logits(&self, images: &Tensor<f32>) -> Result<Tensor<f32>> {
-        let Some(pixels) = self.pixels else { return mean(&self.network.infer(&self.params, images)?) };
+        let Some(pixels) = self.pixels else { return mean_logits(&self.network.infer(&self.params, images)?) };
         let mut images = images.clone();
         let [_, c, h, w] = images.dims("images")?;
         images.data_mut().par_chunks_mut((h * w).max(1)).enumerate().for_each(|(plane, x)| {
             let (factor, offset) = pixels[(plane % c).min(2)];
             x.iter_mut().for_each(|x| *x = *x * factor + offset);
         });
-        mean(&self.network.infer(&self.params, &images)?)
+        mean_logits(&self.network.infer(&self.params, &images)?)
     }
 }
 
@@ -109,7 +108,7 @@ impl Classification {
     /// # Errors
     /// If the images have another shape than the network takes.
     pub fn logits(&self, params: &Params<f32>, images: &Tensor<f32>) -> Result<Tensor<f32>> {
-        mean(&self.network.infer(params, images)?)
+        mean_logits(&self.network.infer(params, images)?)
     }
 
     /// t `[B, K]` for a batch of which each image keeps the part `own`.
@@ -220,16 +219,4 @@ fn log_softmax(z: &[f32], tau: f64) -> Vec<f64> {
     let shifted: Vec<f64> = z.iter().map(|z| (f64::from(*z) - f64::from(max)) / tau).collect();
     let log = libm::log(shifted.iter().map(|z| libm::exp(*z)).sum());
     shifted.into_iter().map(|z| z - log).collect()
-}
-
-fn mean(heads: &[Tensor<f32>]) -> Result<Tensor<f32>> {
-    let first = heads.first().ok_or_else(|| Error::missing("the network's head"))?;
-    if heads.len() == 1 {
-        return Ok(first.clone());
-    }
-    let mut sum = Tensor::zeros(first.shape());
-    for head in heads {
-        elementwise::add_scaled(sum.data_mut(), head.data(), 1.0 / heads.len() as f32);
-    }
-    Ok(sum)
 }

@@ -2,6 +2,7 @@
 
 use super::classification::Classification;
 use crate::data::{Dataset, Loader, LoaderOptions, Transform};
+use crate::model::accuracy::rank;
 use crate::nn::Params;
 use crate::tensor::Tensor;
 use crate::{Error, Result};
@@ -26,13 +27,12 @@ impl Accuracy {
         (self.top1 as f64 / all, self.top5 as f64 / all)
     }
 
-    /// Counts one image. Of equal logits the lower class comes first; what is not finite is wrong.
+    /// Counts one image.
     fn count(&mut self, logits: &[f32], label: usize) {
         self.images += 1;
-        let Some(own) = logits.get(label).filter(|z| z.is_finite()) else { return };
-        let ahead = logits.iter().enumerate().filter(|&(k, z)| z > own || (z == own && k < label) || z.is_nan()).count();
-        self.top1 += u64::from(ahead < 1);
-        self.top5 += u64::from(ahead < 5);
+        let rank = rank(logits, label);
+        self.top1 += u64::from(rank == Some(0));
+        self.top5 += u64::from(rank.is_some_and(|rank| rank < 5));
     }
 }
 
