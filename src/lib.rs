@@ -36,6 +36,7 @@ pub mod nn;
 pub mod plot;
 pub mod simd;
 pub mod tensor;
+pub mod threads;
 pub mod tokenizer;
 pub mod train;
 

@@ -30,6 +30,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::error::{Error, Result};
 use crate::mim::{MaskedModel, methods};
+use crate::threads;
 use crate::train::{STATE, TrainConfig, prepare_folder};
 
 /// What a command that ran to its end found.
@@ -73,6 +74,9 @@ enum Command {
     Bench(bench::Bench),
 }
 
+/// Of each thread: commands run on one of the pool's.
+const STACK: usize = 8 << 20;
+
 /// Runs the program on the arguments of the process.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -84,7 +88,7 @@ pub fn main() -> ExitCode {
         }
         Err(e) => return complain(&usage_line(&e.to_string())),
     };
-    match cli.run(&mut io::stdout().lock()) {
+    match cli.run() {
         Ok(Outcome::Good) => ExitCode::SUCCESS,
         Ok(Outcome::CheckFailed) => ExitCode::from(1),
         // The reader of our output has seen enough (`karat … | head`).
@@ -105,13 +109,18 @@ fn usage_line(message: &str) -> String {
 }
 
 impl Cli {
-    fn run(self, out: &mut dyn Write) -> Result<Outcome> {
+    fn run(self) -> Result<Outcome> {
         crate::simd::init()?;
-        if let Some(threads) = self.threads {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global();
-            pool.map_err(|e| Error::usage(format!("--threads {threads}: {e}")))?;
-        }
-        match self.command {
+        let pool = rayon::ThreadPoolBuilder::new().stack_size(STACK).num_threads(self.threads.map_or(0, usize::from)).build_global();
+        pool.map_err(|e| Error::usage(format!("--threads: {e}")))?;
+        // Locked there: the lock belongs to the thread that takes it.
+        threads::awake(|| self.command.run(&mut io::stdout().lock(), self.threads))
+    }
+}
+
+impl Command {
+    fn run(self, out: &mut dyn Write, threads: Option<u16>) -> Result<Outcome> {
+        match self {
             Command::Verify(command) => command.run(out),
             Command::Case(command) => command.run(out),
             Command::List(command) => command.run(out),
@@ -126,7 +135,7 @@ impl Cli {
             Command::Analyze(command) => command.run(out),
             Command::Compare(command) => command.run(out),
             Command::Group(command) => command.run(out),
-            Command::Bench(command) => command.run(out, self.threads),
+            Command::Bench(command) => command.run(out, threads),
         }
     }
 }

@@ -51,11 +51,8 @@ impl Kernel<f64> for Finish<'_, '_, '_> {
     #[inline(always)]
     fn run<V: Vector<f64>>(self) {
         let (m, n, stride) = (self.c.rows(), self.c.cols(), self.c.row_stride());
-        for r in 0..m {
-            let row = &mut self.c.data()[r * stride..r * stride + n];
-            // SAFETY: one thread, and C is borrowed mutably.
-            unsafe { self.epilogue.finish::<V>(r, 0, row) };
-        }
+        // SAFETY: one thread, and C is borrowed mutably.
+        unsafe { self.epilogue.finish::<V>(self.c.data().as_mut_ptr(), stride, (0, m), (0, n)) };
     }
 }
 

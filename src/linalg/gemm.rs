@@ -3,9 +3,10 @@
 use rayon::prelude::*;
 
 use super::micro::{self, KC, Tile, TileShape, pack_panel, panel, tile_of};
+use super::packed::Packed;
 use super::view::{Mat, MatMut};
 use super::{Activation, Epilogue};
-use crate::simd::{self, Isa, Kernel, LANES, Vector};
+use crate::simd::{self, Isa, Kernel, LANES, Vector, prefetch};
 use crate::tensor::{Buffer, Float};
 
 /// Packed B stays below this many floats (4 MiB): longer sums are taken in several passes over C.
@@ -48,17 +49,33 @@ fn share(n: usize, parts: usize, i: usize) -> (usize, usize) {
     (n * i / parts, n * (i + 1) / parts)
 }
 
+/// The left operand in a range of k: where it lies, or a copy of it.
+#[derive(Clone, Copy)]
+enum Left<'a> {
+    InPlace(Mat<'a, f32>),
+    /// Strip after strip, `stride` apart, the elements of a column of a strip side by side.
+    Packed {
+        data: &'a [f32],
+        stride: usize,
+    },
+}
+
 /// A rectangle of C, for one range of k, by one thread.
 struct Task<'a> {
-    a: Mat<'a, f32>,
-    /// Panels of B for rows `k0..k0 + k` of it.
+    left: Left<'a>,
+    /// Panels of B, of `packed_rows` rows each, of which the range's begin at `packed_from`.
     packed: &'a [f32],
-    k0: usize,
+    packed_rows: usize,
+    packed_from: usize,
+    /// Products in this range of k.
     k: usize,
+    m: usize,
     n: usize,
+    /// Strips that the rows of C are cut into.
+    all_strips: usize,
     c: *mut f32,
     c_row: usize,
-    rows: (usize, usize),
+    strips: (usize, usize),
     panels: (usize, usize),
     first_pass: bool,
     last_pass: bool,
@@ -71,87 +88,104 @@ impl Kernel<f32> for Task<'_> {
     #[inline(always)]
     fn run<V: Vector<f32>>(self) {
         let TileShape { rows: tile_rows, vectors } = V::TILE;
-        let rows = self.rows.1 - self.rows.0;
-        let strips = rows.div_ceil(tile_rows);
-        // A is read in place if its columns follow each other and its rows do not all fall into one set of an L1 cache.
-        let in_place = self.a.col_stride() == 1 && !(self.a.row_stride() * 4).is_multiple_of(4096);
-        let mut scratch = Buffer::<f32>::scratch(if in_place { 0 } else { tile_rows.max(LANES) * COPY_STRIDE });
+        // The rows of A all fall into one set of an L1 cache: strips are copied.
+        let aliased = matches!(self.left, Left::InPlace(a) if (a.row_stride() * 4).is_multiple_of(4096));
+        let mut scratch = Buffer::<f32>::scratch(if aliased { tile_rows * COPY_STRIDE } else { 0 });
         for kb in (0..self.k).step_by(KC) {
             let depth = KC.min(self.k - kb);
             let add = self.epilogue.accumulate || !self.first_pass || kb > 0;
             let last = self.last_pass && kb + depth == self.k;
-            let panels = self.panels.1 - self.panels.0;
-            let mut copied = (usize::MAX, (0, 0));
-            for index in 0..strips * panels {
-                let (strip, p) = (index / panels, index % panels);
-                let (r0, r1) = share(rows, strips, strip);
-                let (r0, r1) = (self.rows.0 + r0, self.rows.0 + r1);
-                let source = self.a.rows_from(r0, r1 - r0).cols_from(self.k0 + kb, depth);
-                let (a, a_row, a_col) = if in_place {
-                    (source.data().as_ptr(), source.row_stride(), 1)
-                } else {
-                    if copied.0 != strip {
-                        copied = (strip, copy_strip::<V>(source, tile_rows, &mut scratch));
+            for strip in self.strips.0..self.strips.1 {
+                let (r0, r1) = share(self.m, self.all_strips, strip);
+                let (a, a_row, a_col) = match self.left {
+                    Left::Packed { data, stride } => (data[strip * stride + kb * tile_rows..].as_ptr(), 1, tile_rows),
+                    Left::InPlace(a) => {
+                        let source = a.rows_from(r0, r1 - r0).cols_from(kb, depth);
+                        if aliased {
+                            for (i, row) in scratch.chunks_exact_mut(COPY_STRIDE).take(r1 - r0).enumerate() {
+                                row[..depth].copy_from_slice(&source.data()[i * source.row_stride()..][..depth]);
+                            }
+                            (scratch.as_ptr(), COPY_STRIDE, 1)
+                        } else {
+                            (source.data().as_ptr(), source.row_stride(), 1)
+                        }
                     }
-                    (scratch.as_ptr(), copied.1.0, copied.1.1)
                 };
-                let (first, v) = panel(self.n, vectors, self.panels.0 + p);
-                let cols = (v * LANES).min(self.n - first);
-                // SAFETY: `first` and the strip lie inside C and in no other task; the panel has `self.k` rows.
-                unsafe {
-                    let c = self.c.add(r0 * self.c_row + first);
-                    let b = self.packed.as_ptr().add(self.k * first + kb * v * LANES);
-                    tile_of::<V>(r1 - r0, v, Tile { k: depth, a, a_row, a_col, b, c, c_row: self.c_row, cols, add });
-                    if last && !self.epilogue.is_plain() {
-                        for r in r0..r1 {
-                            let row = std::slice::from_raw_parts_mut(self.c.add(r * self.c_row + first), cols);
-                            self.epilogue.finish::<V>(r, first, row);
+                for p in self.panels.0..self.panels.1 {
+                    let (first, v) = panel(self.n, vectors, p);
+                    let cols = (v * LANES).min(self.n - first);
+                    // SAFETY: `first` and the strip lie inside C and in no other task; the panel has the range's rows.
+                    unsafe {
+                        let c = self.c.add(r0 * self.c_row + first);
+                        let b = self.packed.as_ptr().add(self.packed_rows * first + (self.packed_from + kb) * v * LANES);
+                        tile_of::<V>(r1 - r0, v, Tile { k: depth, a, a_row, a_col, b, c, c_row: self.c_row, cols, add });
+                        if last {
+                            self.epilogue.finish::<V>(self.c, self.c_row, (r0, r1), (first, first + cols));
                         }
                     }
                 }
             }
         }
         if self.k == 0 {
-            for r in self.rows.0..self.rows.1 {
-                let (first, _) = panel(self.n, vectors, self.panels.0);
-                let end = (self.panels.1 * vectors * LANES).min(self.n);
-                // SAFETY: this task's part of row r.
-                let row = unsafe { std::slice::from_raw_parts_mut(self.c.add(r * self.c_row + first), end - first) };
-                if !self.epilogue.accumulate {
-                    row.fill(0.0);
+            let first = panel(self.n, vectors, self.panels.0).0;
+            let end = (self.panels.1 * vectors * LANES).min(self.n);
+            let rows = (share(self.m, self.all_strips, self.strips.0).0, share(self.m, self.all_strips, self.strips.1 - 1).1);
+            if !self.epilogue.accumulate {
+                for r in rows.0..rows.1 {
+                    // SAFETY: this task's part of row r.
+                    unsafe { std::slice::from_raw_parts_mut(self.c.add(r * self.c_row + first), end - first) }.fill(0.0);
                 }
-                // SAFETY: as above.
-                unsafe { self.epilogue.finish::<V>(r, first, row) };
             }
+            // SAFETY: as above.
+            unsafe { self.epilogue.finish::<V>(self.c, self.c_row, rows, (first, end)) };
         }
     }
 }
 
 /// The distance between rows of A copied for a task: a block, and a cache line that moves each row to other cache sets.
 const COPY_STRIDE: usize = KC + LANES;
+/// Strips that are packed together: whole cache lines of each column of A.
+const PACK_STRIPS: usize = 4;
 
-/// Copies a strip of A to where a tile reads it well; returns its row and column strides there.
-#[inline(always)]
-fn copy_strip<V: Vector<f32>>(a: Mat<f32>, tile_rows: usize, out: &mut [f32]) -> (usize, usize) {
-    let (rows, rs, cs, data) = (a.rows(), a.row_stride(), a.col_stride(), a.data());
-    if cs == 1 {
-        for (i, row) in out.chunks_exact_mut(COPY_STRIDE).take(rows).enumerate() {
-            row[..a.cols()].copy_from_slice(&data[i * rs..i * rs + a.cols()]);
-        }
-        return (COPY_STRIDE, 1);
-    }
-    for p in 0..a.cols() {
-        let (to, from) = (p * tile_rows, p * cs);
-        if rs == 1 && from + LANES <= data.len() {
-            // Whole vectors: what is too much is overwritten by the next column, or is never read.
-            V::load(&data[from..]).store(&mut out[to..]);
-        } else {
-            for i in 0..rows {
-                out[to + i] = data[from + i * rs];
+/// Copies strips of A, whose rows do not lie side by side, for [`Left::Packed`].
+struct PackLeft<'a> {
+    a: Mat<'a, f32>,
+    all_strips: usize,
+    /// The first strip in `out`.
+    first: usize,
+    stride: usize,
+    out: &'a mut [f32],
+}
+
+impl Kernel<f32> for PackLeft<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector<f32>>(self) {
+        let (m, rs, cs, data) = (self.a.rows(), self.a.row_stride(), self.a.col_stride(), self.a.data());
+        let tile_rows = V::TILE.rows;
+        let strips = self.out.len() / self.stride;
+        let bounds: [usize; PACK_STRIPS + 1] = std::array::from_fn(|s| share(m, self.all_strips, (self.first + s).min(self.all_strips)).0);
+        for p in 0..self.a.cols() {
+            if rs == 1 {
+                // The next columns are too far apart for the hardware to guess.
+                let ahead = data.as_ptr().wrapping_add((p + 16) * cs);
+                (bounds[0]..bounds[strips]).step_by(LANES).for_each(|r| prefetch(ahead.wrapping_add(r)));
+            }
+            for s in 0..strips {
+                let (r0, r1) = (bounds[s], bounds[s + 1]);
+                let (to, from) = (s * self.stride + p * tile_rows, p * cs + r0 * rs);
+                if rs == 1 && from + LANES <= data.len() {
+                    // Whole vectors: what is too much is overwritten by the next column, or is never read.
+                    V::load(&data[from..]).store(&mut self.out[to..]);
+                } else {
+                    for i in 0..r1 - r0 {
+                        self.out[to + i] = data[from + i * rs];
+                    }
+                }
             }
         }
     }
-    (1, tile_rows)
 }
 
 /// An [`Epilogue`] whose outputs are pointers that tasks share.
@@ -164,6 +198,7 @@ pub(super) struct RawEpilogue<'a, T> {
 
 enum RawActivation<'a, T> {
     None,
+    GeluOnly,
     Gelu { out: Shared<T>, stride: usize },
     GeluBackward { pre: Mat<'a, T>, out: Shared<T>, stride: usize },
 }
@@ -177,6 +212,7 @@ impl<'a, T: Float> RawEpilogue<'a, T> {
         epilogue.residual.iter().for_each(fits);
         let activation = match epilogue.activation {
             Activation::None => RawActivation::None,
+            Activation::GeluOnly => RawActivation::GeluOnly,
             Activation::Gelu { mut out } => {
                 assert!(out.rows() == m && out.cols() == n, "activation shape");
                 RawActivation::Gelu { stride: out.row_stride(), out: Shared(out.data().as_mut_ptr()) }
@@ -190,62 +226,77 @@ impl<'a, T: Float> RawEpilogue<'a, T> {
         RawEpilogue { accumulate: epilogue.accumulate, bias: epilogue.bias, residual: epilogue.residual, activation }
     }
 
-    /// Whether there is nothing to do once the products are summed.
-    fn is_plain(&self) -> bool {
-        self.bias.is_none() && self.residual.is_none() && matches!(self.activation, RawActivation::None)
-    }
-
-    /// Applies the epilogue to columns `first..` of row `r` of C, while they are in L1.
+    /// Applies the epilogue to a rectangle of C, while it is in L1.
     ///
     /// # Safety
-    /// No other thread touches these elements of C or of the activation's output.
+    /// `c` and `c_row` are C's; no other thread touches these elements of it or of the activation's output.
     #[inline(always)]
-    pub unsafe fn finish<V: Vector<T>>(&self, r: usize, first: usize, row: &mut [T]) {
-        if self.is_plain() {
-            return;
-        }
-        let len = row.len();
-        let at = |mat: &Mat<'a, T>| {
-            let from = r * mat.row_stride() + first;
-            &mat.data()[from..from + len]
-        };
-        let bias = self.bias.map(|bias| &bias[first..first + len]);
-        let residual = self.residual.as_ref().map(at);
-        let (pre, mut out) = match &self.activation {
-            RawActivation::None => (None, None),
-            // SAFETY: the view's extent was checked in `new`; this row segment is ours alone.
-            RawActivation::Gelu { out, stride } => {
-                (None, Some(unsafe { std::slice::from_raw_parts_mut(out.0.add(r * stride + first), len) }))
-            }
-            RawActivation::GeluBackward { pre, out, stride } => {
-                // SAFETY: as above.
-                (Some(at(pre)), Some(unsafe { std::slice::from_raw_parts_mut(out.0.add(r * stride + first), len) }))
-            }
-        };
-        let mut j = 0;
-        while j < len {
-            let end = (j + LANES).min(len);
-            let mut x: V = get(&row[j..end]);
-            if let Some(bias) = bias {
-                x = x + get(&bias[j..end]);
-            }
-            if let Some(residual) = residual {
-                x = x + get(&residual[j..end]);
-            }
-            match (pre, &mut out) {
-                (Some(pre), Some(out)) => {
-                    let (value, slope) = get::<T, V>(&pre[j..end]).gelu_with_grad();
-                    x = x * slope;
-                    put(value, &mut out[j..end]);
+    pub unsafe fn finish<V: Vector<T>>(&self, c: *mut T, c_row: usize, rows: (usize, usize), cols: (usize, usize)) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match &self.activation {
+                RawActivation::None if self.bias.is_none() && self.residual.is_none() => {}
+                RawActivation::None => self.finish_as::<V, PLAIN>(c, c_row, rows, cols, None, (Shared(c), 0)),
+                RawActivation::GeluOnly => self.finish_as::<V, GELU_ONLY>(c, c_row, rows, cols, None, (Shared(c), 0)),
+                RawActivation::Gelu { out, stride } => self.finish_as::<V, GELU>(c, c_row, rows, cols, None, (*out, *stride)),
+                RawActivation::GeluBackward { pre, out, stride } => {
+                    self.finish_as::<V, GELU_BACKWARD>(c, c_row, rows, cols, Some(pre), (*out, *stride))
                 }
-                (None, Some(out)) => put(x.gelu(), &mut out[j..end]),
-                _ => {}
             }
-            put(x, &mut row[j..end]);
-            j = end;
+        }
+    }
+
+    /// [`finish`](Self::finish) for one kind of activation.
+    #[inline(always)]
+    unsafe fn finish_as<V: Vector<T>, const KIND: u8>(
+        &self,
+        c: *mut T,
+        c_row: usize,
+        rows: (usize, usize),
+        cols: (usize, usize),
+        pre: Option<&Mat<T>>,
+        (out, out_row): (Shared<T>, usize),
+    ) {
+        let mut j = cols.0;
+        while j < cols.1 {
+            let width = LANES.min(cols.1 - j);
+            let bias: V = self.bias.map_or(V::splat(T::ZERO), |bias| get(&bias[j..j + width]));
+            for r in rows.0..rows.1 {
+                let at = |mat: &Mat<'_, T>| -> V { get(&mat.data()[r * mat.row_stride() + j..][..width]) };
+                // SAFETY: a part of row r of C, which is ours alone.
+                let row = unsafe { std::slice::from_raw_parts_mut(c.add(r * c_row + j), width) };
+                let mut x: V = get(row);
+                if self.bias.is_some() {
+                    x = x + bias;
+                }
+                if let Some(residual) = &self.residual {
+                    x = x + at(residual);
+                }
+                if KIND == GELU_ONLY {
+                    x = x.gelu();
+                } else if KIND != PLAIN {
+                    // SAFETY: the view's extent was checked in `new`; this part of it is ours alone.
+                    let out = unsafe { std::slice::from_raw_parts_mut(out.0.add(r * out_row + j), width) };
+                    if KIND == GELU {
+                        put(x.gelu(), out);
+                    } else if let Some(pre) = pre {
+                        let (value, slope) = at(pre).gelu_with_grad();
+                        x = x * slope;
+                        put(value, out);
+                    }
+                }
+                put(x, row);
+            }
+            j += width;
         }
     }
 }
+
+// The kinds of [`RawActivation`].
+const PLAIN: u8 = 0;
+const GELU: u8 = 1;
+const GELU_BACKWARD: u8 = 2;
+const GELU_ONLY: u8 = 3;
 
 // Functions and not closures, which a kernel compiled for AVX need not inline.
 
@@ -260,22 +311,39 @@ fn put<T: Float, V: Vector<T>>(v: V, s: &mut [T]) {
     if s.len() == LANES { v.store(s) } else { v.store_partial(s) }
 }
 
+/// `work` on every chunk of `data`, on all threads if `parallel`.
+fn each_chunk(parallel: bool, data: &mut [f32], len: usize, work: impl Fn((usize, &mut [f32])) + Sync + Send) {
+    if parallel {
+        data.par_chunks_mut(len).enumerate().with_max_len(1).for_each(work);
+    } else {
+        data.chunks_mut(len).enumerate().for_each(work);
+    }
+}
+
+/// The right operand, as it is or packed before.
+#[derive(Clone, Copy)]
+pub(super) enum Right<'a> {
+    Plain(Mat<'a, f32>),
+    Packed(&'a Packed<f32>),
+}
+
 /// `C (+)= A B` with an epilogue, on all threads of the current pool.
-pub(super) fn gemm_f32(a: Mat<f32>, b: Mat<f32>, mut c: MatMut<f32>, epilogue: Epilogue<f32>) {
-    let (m, n, k) = (a.rows(), b.cols(), a.cols());
-    assert!(
-        b.rows() == k && c.rows() == m && c.cols() == n,
-        "matrix product of {m}×{k} and {}×{n} into {}×{}",
-        b.rows(),
-        c.rows(),
-        c.cols()
-    );
+pub(super) fn gemm_f32(a: Mat<f32>, b: Right, mut c: MatMut<f32>, epilogue: Epilogue<f32>) {
+    let (b_rows, n) = match b {
+        Right::Plain(b) => (b.rows(), b.cols()),
+        Right::Packed(b) => (b.rows(), b.cols()),
+    };
+    let (m, k) = (a.rows(), a.cols());
+    assert!(b_rows == k && c.rows() == m && c.cols() == n, "matrix product of {m}×{k} and {b_rows}×{n} into {}×{}", c.rows(), c.cols());
     if m == 0 || n == 0 {
         return;
     }
     let epilogue = RawEpilogue::new(epilogue, m, n);
     // Read once: panels and tasks are cut for one tile shape, whatever `simd::force` does on another thread meanwhile.
     let isa = simd::isa();
+    if let Right::Packed(b) = b {
+        assert!(b.isa() == isa, "matrix packed for {}, multiplied by {}", b.isa().name(), isa.name());
+    }
     // SAFETY: `simd::isa` returns what this machine has.
     let tile = unsafe { tile_shape_on(isa) };
     let (strips, panels) = (m.div_ceil(tile.rows), n.div_ceil(tile.vectors * LANES));
@@ -291,37 +359,51 @@ pub(super) fn gemm_f32(a: Mat<f32>, b: Mat<f32>, mut c: MatMut<f32>, epilogue: E
     let c_row = c.row_stride();
     let out = Shared(c.data().as_mut_ptr());
     let padded = n.next_multiple_of(LANES);
-    let pass = (PACK_LIMIT / padded / KC).max(1) * KC;
-    let mut packed = Buffer::<f32>::scratch(padded * pass.min(k));
-    for k0 in (0..k.max(1)).step_by(pass) {
+    let in_place = a.col_stride() == 1;
+    // Only what is copied limits how many products are summed at a time.
+    let (pass_left, pass_right) = (if in_place { 0 } else { m }, if matches!(b, Right::Plain(_)) { padded } else { 0 });
+    let pass = PACK_LIMIT.checked_div(pass_left.max(pass_right)).map_or(k, |rows| (rows / KC).max(1) * KC).min(k);
+    let left_stride = |depth: usize| depth * tile.rows + LANES;
+    let mut copied_left = Buffer::<f32>::scratch(if in_place { 0 } else { strips * left_stride(pass) });
+    let mut copied_right = Buffer::<f32>::scratch(pass_right * pass);
+    for k0 in (0..k.max(1)).step_by(pass.max(1)) {
         let depth = pass.min(k - k0);
-        let rows = b.rows_from(k0, depth);
-        let width = tile.vectors * LANES;
-        let pack = |(p, part): (usize, &mut [f32])| {
-            let (first, vectors) = panel(n, tile.vectors, p);
-            // SAFETY: `simd::isa` returns what this machine has.
-            unsafe { simd::dispatch_f32_on(isa, Pack { b: rows, first, vectors, out: part }) };
-        };
-        if depth > 0 {
-            let packed = &mut packed[..padded * depth];
-            if parallel {
-                packed.par_chunks_mut(depth * width).enumerate().with_max_len(1).for_each(pack)
-            } else {
-                packed.chunks_mut(depth * width).enumerate().for_each(pack)
-            }
+        let (a, stride) = (a.cols_from(k0, depth), left_stride(depth));
+        if let (Right::Plain(b), true) = (b, depth > 0) {
+            let b = b.rows_from(k0, depth);
+            let pack = |(p, out): (usize, &mut [f32])| {
+                let (first, vectors) = panel(n, tile.vectors, p);
+                // SAFETY: `simd::isa` returns what this machine has.
+                unsafe { simd::dispatch_f32_on(isa, Pack { b, first, vectors, out }) };
+            };
+            each_chunk(parallel, &mut copied_right[..padded * depth], depth * tile.vectors * LANES, pack);
         }
+        if !in_place && depth > 0 {
+            let pack = |(group, out): (usize, &mut [f32])| {
+                // SAFETY: as above.
+                unsafe { simd::dispatch_f32_on(isa, PackLeft { a, all_strips: strips, first: group * PACK_STRIPS, stride, out }) };
+            };
+            each_chunk(parallel, &mut copied_left[..strips * stride], PACK_STRIPS * stride, pack);
+        }
+        let left = if in_place { Left::InPlace(a) } else { Left::Packed { data: &copied_left, stride } };
+        let (packed, packed_rows, packed_from) = match b {
+            Right::Plain(_) => (&copied_right[..], depth, 0),
+            Right::Packed(b) => (b.data(), k, k0),
+        };
         let task = |index: usize| {
             let (i, j) = (index % row_tasks, index / row_tasks);
-            let (s0, s1) = share(strips, row_tasks, i);
             let work = Task {
-                a,
-                packed: &packed,
-                k0,
+                left,
+                packed,
+                packed_rows,
+                packed_from,
                 k: depth,
+                m,
                 n,
+                all_strips: strips,
                 c: { &out }.0,
                 c_row,
-                rows: (s0 * m / strips, s1 * m / strips),
+                strips: share(strips, row_tasks, i),
                 panels: share(panels, col_tasks, j),
                 first_pass: k0 == 0,
                 last_pass: k0 + depth == k,

@@ -8,6 +8,7 @@ mod count;
 mod double;
 mod gemm;
 mod micro;
+mod packed;
 mod view;
 
 pub use columns::{ColumnsMut, Dealt, RowsMut, Tiling, disjoint, par_blocks, par_rows, par_tiles};
@@ -16,6 +17,7 @@ pub use view::{Mat, MatMut};
 
 use crate::tensor::Float;
 pub use micro::TileShape;
+pub use packed::Packed;
 
 /// What happens to a product while it is still in cache: `C ← activation((C) + A B + bias + residual)`.
 pub struct Epilogue<'a, T> {
@@ -41,6 +43,8 @@ pub enum Activation<'a, T> {
     /// C is the sum.
     #[default]
     None,
+    /// C is `GELU` of the sum.
+    GeluOnly,
     /// C is the sum `h`, `out` becomes `GELU(h)`.
     Gelu {
         /// Of C's shape.
@@ -60,6 +64,11 @@ pub trait Gemm: Sized {
     /// `C = A B` with an epilogue, on all threads of the current pool.
     fn gemm(a: Mat<Self>, b: Mat<Self>, c: MatMut<Self>, epilogue: Epilogue<Self>);
 
+    /// [`gemm`](Gemm::gemm) with B packed before.
+    fn gemm_packed(a: Mat<Self>, b: &Packed<Self>, c: MatMut<Self>, epilogue: Epilogue<Self>)
+    where
+        Self: Float;
+
     /// The length of a packed `k × n` right operand of [`multiply_packed`](Gemm::multiply_packed).
     fn packed_len(k: usize, n: usize) -> usize;
 
@@ -73,7 +82,11 @@ pub trait Gemm: Sized {
 impl Gemm for f32 {
     fn gemm(a: Mat<f32>, b: Mat<f32>, c: MatMut<f32>, epilogue: Epilogue<f32>) {
         count_flops(2 * a.rows() * a.cols() * b.cols());
-        gemm::gemm_f32(a, b, c, epilogue);
+        gemm::gemm_f32(a, gemm::Right::Plain(b), c, epilogue);
+    }
+    fn gemm_packed(a: Mat<f32>, b: &Packed<f32>, c: MatMut<f32>, epilogue: Epilogue<f32>) {
+        count_flops(2 * a.rows() * a.cols() * b.cols());
+        gemm::gemm_f32(a, gemm::Right::Packed(b), c, epilogue);
     }
     fn packed_len(k: usize, n: usize) -> usize {
         micro::packed_len(k, n)
@@ -92,6 +105,9 @@ impl Gemm for f64 {
         count_flops(2 * a.rows() * a.cols() * b.cols());
         double::gemm_f64(a, b, c, epilogue);
     }
+    fn gemm_packed(a: Mat<f64>, b: &Packed<f64>, c: MatMut<f64>, epilogue: Epilogue<f64>) {
+        Self::gemm(a, Mat::new(b.data(), b.rows(), b.cols()), c, epilogue);
+    }
     fn packed_len(k: usize, n: usize) -> usize {
         k * n
     }
@@ -108,6 +124,11 @@ impl Gemm for f64 {
 /// `C = A B` with an epilogue.
 pub fn gemm<T: Float>(a: Mat<T>, b: Mat<T>, c: MatMut<T>, epilogue: Epilogue<T>) {
     T::gemm(a, b, c, epilogue);
+}
+
+/// `C = A B` with an epilogue, where B was packed once for many products.
+pub fn gemm_packed<T: Float>(a: Mat<T>, b: &Packed<T>, c: MatMut<T>, epilogue: Epilogue<T>) {
+    T::gemm_packed(a, b, c, epilogue);
 }
 
 /// `C = A B` by `matrixmultiply`, the independent implementation that ours is checked and measured against.

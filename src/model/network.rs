@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use rayon::prelude::*;
+
 use crate::error::{Error, Result};
 use crate::kernel::elementwise;
 use crate::nn::batch_norm::Updates;
@@ -44,6 +46,9 @@ pub fn mean_logits(heads: &[Tensor<f32>]) -> Result<Tensor<f32>> {
     Ok(logits)
 }
 
+/// Images are inferred in parts of about this many pixels: one of the size that most networks are published for.
+const PIXELS_TOGETHER: usize = 224 * 224;
+
 /// The gradient of a loss by each head's logits.
 pub type Judge<'a> = &'a mut dyn FnMut(&[Tensor<f32>]) -> Result<Vec<Tensor<f32>>>;
 
@@ -58,7 +63,24 @@ pub trait Network: Send + Sync {
 
 impl<N: Classifier> Network for N {
     fn infer(&self, p: &Params<f32>, images: &Tensor<f32>) -> Result<Vec<Tensor<f32>>> {
-        Ok(self.forward(&p.run_as(Pass::Infer), images)?.0)
+        let p = p.run_as(Pass::Infer);
+        let [b, c, h, w] = images.dims("images")?;
+        let (pixels, together) = (c * h * w, PIXELS_TOGETHER.div_ceil((h * w).max(1)));
+        if b <= together || p.is_watched() {
+            return Ok(self.forward(&p, images)?.0);
+        }
+        // A few images at a time stay in the caches, and threads need not wait for each other.
+        let part = |part: &[f32]| {
+            let images = Tensor::new([part.len() / pixels, c, h, w], part)?;
+            Ok(self.forward(&p, &images)?.0)
+        };
+        let parts = images.data().par_chunks(together * pixels).map(part).collect::<Result<Vec<_>>>()?;
+        let heads = parts.first().map_or(0, Vec::len);
+        let stitch = |head: usize| {
+            let rows: Vec<f32> = parts.iter().flat_map(|part| part[head].data()).copied().collect();
+            Tensor::new([b, rows.len() / b], &rows)
+        };
+        (0..heads).map(stitch).collect()
     }
 
     fn learn(&self, p: &Params<f32>, g: &mut Params<f32>, images: &Tensor<f32>, judge: Judge) -> Result<Updates<f32>> {

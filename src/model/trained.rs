@@ -126,7 +126,7 @@ impl Trained {
         let built = model.build()?;
         let mut params = Params::zeros(&built.layout);
         let loaded = weights::load(file, &model, &mut params, new_head)?;
-        Ok(Trained { model, loaded, run: None, network: built.network, params, transform, classes })
+        Ok(Trained { model, loaded, run: None, network: built.network, params: params.packing(), transform, classes })
     }
 
     /// The number of logits.

@@ -3,7 +3,7 @@
 use super::param::{Init, Names, Param, Params};
 use crate::error::{Error, Result};
 use crate::kernel::reduce::add_column_sums;
-use crate::linalg::{Activation, Epilogue, Mat, MatMut, gemm};
+use crate::linalg::{Activation, Epilogue, Mat, MatMut, gemm, gemm_packed};
 use crate::tensor::{Float, Tensor};
 
 /// A linear layer over the last axis: `weight` `[out, in]`, `bias` `[out]`.
@@ -83,8 +83,7 @@ impl Linear {
     pub fn forward_onto_rows<T: Float>(&self, p: &Params<T>, x: &Tensor<T>, residual: Option<Mat<T>>) -> Result<Tensor<T>> {
         let rows = self.rows("input of a linear layer", x, self.inputs)?;
         let mut y = Tensor::scratch(x.shape().with_last(self.outputs));
-        let epilogue = Epilogue { bias: self.bias.map(|b| p.get(b)), residual, ..Epilogue::default() };
-        gemm(Mat::new(x.data(), rows, self.inputs), self.weight_matrix(p).t(), MatMut::new(y.data_mut(), rows, self.outputs), epilogue);
+        self.product(p, x, &mut y, rows, residual, Activation::None);
         Ok(y)
     }
 
@@ -93,9 +92,34 @@ impl Linear {
         let rows = self.rows("input of a linear layer", x, self.inputs)?;
         let (mut h, mut a) = (Tensor::scratch(x.shape().with_last(self.outputs)), Tensor::scratch(x.shape().with_last(self.outputs)));
         let activation = Activation::Gelu { out: MatMut::new(a.data_mut(), rows, self.outputs) };
-        let epilogue = Epilogue { bias: self.bias.map(|b| p.get(b)), activation, ..Epilogue::default() };
-        gemm(Mat::new(x.data(), rows, self.inputs), self.weight_matrix(p).t(), MatMut::new(h.data_mut(), rows, self.outputs), epilogue);
+        self.product(p, x, &mut h, rows, None, activation);
         Ok((h, a))
+    }
+
+    /// `GELU(x Wᵀ + b)`, where no backward pass follows.
+    pub fn infer_gelu<T: Float>(&self, p: &Params<T>, x: &Tensor<T>) -> Result<Tensor<T>> {
+        let rows = self.rows("input of a linear layer", x, self.inputs)?;
+        let mut a = Tensor::scratch(x.shape().with_last(self.outputs));
+        self.product(p, x, &mut a, rows, None, Activation::GeluOnly);
+        Ok(a)
+    }
+
+    /// `y = activation(x Wᵀ + b + residual)`.
+    fn product<T: Float>(
+        &self,
+        p: &Params<T>,
+        x: &Tensor<T>,
+        y: &mut Tensor<T>,
+        rows: usize,
+        residual: Option<Mat<T>>,
+        activation: Activation<T>,
+    ) {
+        let epilogue = Epilogue { bias: self.bias.map(|b| p.get(b)), residual, activation, ..Epilogue::default() };
+        let (x, y) = (Mat::new(x.data(), rows, self.inputs), MatMut::new(y.data_mut(), rows, self.outputs));
+        match p.packed(self.weight, || self.weight_matrix(p).t()) {
+            Some(weight) => gemm_packed(x, &weight, y, epilogue),
+            None => gemm(x, self.weight_matrix(p).t(), y, epilogue),
+        }
     }
 
     /// `dx = dy W`.

@@ -2,6 +2,7 @@
 
 use super::linear::Linear;
 use super::param::{Init, Names, Params};
+use super::pass::Pass;
 use crate::case::Cost;
 use crate::error::Result;
 use crate::tensor::{Float, Tensor};
@@ -13,7 +14,7 @@ pub struct Mlp {
     fc2: Linear,
 }
 
-/// What [`Mlp::backward`] needs beside the input: `h = fc1(x)`. `GELU(h)` is recomputed.
+/// What [`Mlp::backward`] needs beside the input: `h = fc1(x)` (nothing after [`Pass::Infer`]). `GELU(h)` is recomputed.
 pub struct Saved<T: Float> {
     hidden: Tensor<T>,
 }
@@ -43,6 +44,10 @@ impl Mlp {
 
     /// `fc2(GELU(fc1(x)))`, plus `residual`.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: &Tensor<T>, residual: Option<&Tensor<T>>) -> Result<(Tensor<T>, Saved<T>)> {
+        if p.pass() == Pass::Infer {
+            let active = self.fc1.infer_gelu(p, x)?;
+            return Ok((self.fc2.forward_onto(p, &active, residual)?, Saved { hidden: Tensor::zeros([0]) }));
+        }
         let (hidden, active) = self.fc1.forward_gelu(p, x)?;
         Ok((self.fc2.forward_onto(p, &active, residual)?, Saved { hidden }))
     }

@@ -2,10 +2,13 @@
 //!
 //! A layer holds [`Param`] handles, registered under the published name while the model is built.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use super::pass::{Pass, Watch};
 use crate::error::{Error, Result};
+use crate::linalg::{Mat, Packed};
+use crate::simd::{self, Isa};
 use crate::tensor::random::{Purpose, Rng};
 use crate::tensor::{Buffer, Float, Shape, Tensor};
 
@@ -190,6 +193,9 @@ fn register(entries: &mut Vec<Entry>, len: &mut usize, name: String, shape: Shap
     param
 }
 
+/// Weights packed by their offset and the back end, see [`Params::packing`].
+type PackedWeights<T> = Arc<RwLock<BTreeMap<(usize, Isa), Arc<Packed<T>>>>>;
+
 /// The values of all parameters and buffers of a model; also the type of its gradients (whose buffers stay unused).
 ///
 /// Cloning shares the memory; writing to shared parameters copies them first.
@@ -200,13 +206,14 @@ pub struct Params<T: Float> {
     buffers: Arc<Buffer<T>>,
     pass: Pass,
     watch: Option<Watch<T>>,
+    packed: Option<PackedWeights<T>>,
 }
 
 impl<T: Float> Params<T> {
     /// All zero: where gradients and moments start.
     pub fn zeros(layout: &Arc<Layout>) -> Self {
         let (values, buffers) = (Arc::new(Buffer::zeros(layout.params_len)), Arc::new(Buffer::zeros(layout.buffers_len)));
-        Params { layout: Arc::clone(layout), values, buffers, pass: Pass::Plain, watch: None }
+        Params { layout: Arc::clone(layout), values, buffers, pass: Pass::Plain, watch: None, packed: None }
     }
 
     /// Initialised as the layers ask, from `seed`; a parameter's numbers depend on its place in the layout alone.
@@ -249,6 +256,11 @@ impl<T: Float> Params<T> {
         Params { watch: Some(watch.clone()), ..self.clone() }
     }
 
+    /// Whether somebody wants to see the stages.
+    pub fn is_watched(&self) -> bool {
+        self.watch.is_some()
+    }
+
     /// Shows `x` to whoever watches; a copy is made only then.
     pub fn show(&self, name: impl AsRef<str>, x: &Tensor<T>) {
         if let Some(watch) = &self.watch {
@@ -259,6 +271,25 @@ impl<T: Float> Params<T> {
     /// The layout.
     pub fn layout(&self) -> &Arc<Layout> {
         &self.layout
+    }
+
+    /// The same parameters for a network that only infers, many times: weights are packed the first time that a product reads them, and
+    /// kept so beside the parameters.
+    pub fn packing(&self) -> Self {
+        Params { packed: Some(PackedWeights::default()), ..self.clone() }
+    }
+
+    /// The matrix of one parameter packed, if these parameters are [`packing`](Self::packing).
+    pub(super) fn packed<'a>(&'a self, param: Param, matrix: impl FnOnce() -> Mat<'a, T>) -> Option<Arc<Packed<T>>> {
+        let kept = self.packed.as_ref()?;
+        let key = (param.offset, simd::isa());
+        if let Some(found) = kept.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            return Some(Arc::clone(found));
+        }
+        // Two threads may pack the same weights; both get the same numbers.
+        let packed = Arc::new(Packed::new(matrix()));
+        kept.write().unwrap_or_else(PoisonError::into_inner).insert(key, Arc::clone(&packed));
+        Some(packed)
     }
 
     /// The values of one parameter.
@@ -295,6 +326,9 @@ impl<T: Float> Params<T> {
 
     /// All trainable values, to be changed.
     pub fn flat_mut(&mut self) -> &mut [T] {
+        if let Some(packed) = &mut self.packed {
+            *packed = PackedWeights::default();
+        }
         let values: &mut Buffer<T> = Arc::make_mut(&mut self.values);
         values
     }

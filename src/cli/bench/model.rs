@@ -59,6 +59,9 @@ impl BenchModel {
         let class_names = (0..CLASSES).map(|class| class.to_string()).collect();
         let classifier = Classification::new(&model, &FineTune { class_names, ..FineTune::default() })?;
         let mut params = Params::<f32>::init(classifier.layout(), 0);
+        if self.mode == Mode::Infer {
+            params = params.packing();
+        }
         let mut rng = Rng::new(0, Purpose::Case, 0, 0);
         let images = Tensor::from_fn([self.batch, 3, model.size, model.size], |_| rng.normal() as f32);
         let labels: Vec<usize> = (0..self.batch).map(|i| i * 37 % CLASSES).collect();
