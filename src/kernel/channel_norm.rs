@@ -41,26 +41,62 @@ impl Rows {
     }
 }
 
-/// `Σ_r f(r)` in four interleaved sums per 32 rows, added up block by block: short chains round little.
-#[inline(always)]
-fn sum_rows<T: Float, V: Vector<T>>(rows: usize, f: impl Fn(usize, V) -> V) -> V {
-    let mut total = V::splat(T::ZERO);
-    for first in (0..rows).step_by(32) {
-        let last = (first + 32).min(rows);
-        let mut acc = [V::splat(T::ZERO); 4];
-        let mut r = first;
-        while r + 4 <= last {
-            // Written out: a closure inside `from_fn` need not be inlined into a kernel compiled for AVX.
-            acc = [f(r, acc[0]), f(r + 1, acc[1]), f(r + 2, acc[2]), f(r + 3, acc[3])];
-            r += 4;
+/// What is summed over rows: sixteen channels from one on. (Methods: a closure need not be inlined into a kernel compiled for AVX.)
+#[derive(Clone, Copy)]
+enum Term<'a, T, V> {
+    /// x.
+    Value(&'a [T]),
+    /// `(x − center)²`.
+    Square(&'a [T], V),
+    /// `dy (x − center)`.
+    Product(&'a [T], &'a [T], V),
+}
+
+impl<T: Float, V: Vector<T>> Term<'_, T, V> {
+    /// `acc` and the term of the row that begins at `from`.
+    #[inline(always)]
+    fn add(self, from: usize, lanes: usize, acc: V) -> V {
+        match self {
+            Term::Value(x) => acc + at::<T, V>(x, from, lanes),
+            Term::Square(x, center) => {
+                let d = at::<T, V>(x, from, lanes) - center;
+                d.mul_add(d, acc)
+            }
+            Term::Product(dy, x, center) => at::<T, V>(dy, from, lanes).mul_add(at::<T, V>(x, from, lanes) - center, acc),
         }
-        while r < last {
-            acc[0] = f(r, acc[0]);
-            r += 1;
-        }
-        total = total + ((acc[0] + acc[1]) + (acc[2] + acc[3]));
     }
-    total
+
+    /// The sum over rows of `channels`, for those from `j` on, in four interleaved sums per 32 rows, added up block by block: short
+    /// chains round little.
+    #[inline(always)]
+    fn sum(self, rows: usize, channels: usize, j: usize) -> V {
+        let lanes = LANES.min(channels - j);
+        let mut total = V::splat(T::ZERO);
+        for first in (0..rows).step_by(32) {
+            let last = (first + 32).min(rows);
+            let mut acc = [V::splat(T::ZERO); 4];
+            let mut r = first;
+            while r + 4 <= last {
+                acc[0] = self.add(r * channels + j, lanes, acc[0]);
+                acc[1] = self.add((r + 1) * channels + j, lanes, acc[1]);
+                acc[2] = self.add((r + 2) * channels + j, lanes, acc[2]);
+                acc[3] = self.add((r + 3) * channels + j, lanes, acc[3]);
+                r += 4;
+            }
+            while r < last {
+                acc[0] = self.add(r * channels + j, lanes, acc[0]);
+                r += 1;
+            }
+            total = total + ((acc[0] + acc[1]) + (acc[2] + acc[3]));
+        }
+        total
+    }
+}
+
+/// The `lanes` elements from `from`.
+#[inline(always)]
+fn at<T: Float, V: Vector<T>>(x: &[T], from: usize, lanes: usize) -> V {
+    get(&x[from..from + lanes], 0, T::ZERO)
 }
 
 /// Mean and squared deviations of some rows.
@@ -77,13 +113,8 @@ impl<T: Float> Kernel<T> for Moments<'_, T> {
         let channels = self.mean.len();
         let rows = self.x.len() / channels;
         for j in (0..channels).step_by(LANES) {
-            let lanes = LANES.min(channels - j);
-            let at = |r: usize| get::<T, V>(&self.x[r * channels + j..][..lanes], 0, T::ZERO);
-            let mean = sum_rows::<T, V>(rows, |r, acc| acc + at(r)) / V::splat(T::of(rows));
-            let squares = sum_rows::<T, V>(rows, |r, acc| {
-                let d = at(r) - mean;
-                d.mul_add(d, acc)
-            });
+            let mean = Term::<T, V>::Value(self.x).sum(rows, channels, j) / V::splat(T::of(rows));
+            let squares = Term::Square(self.x, mean).sum(rows, channels, j);
             put(mean, self.mean, j);
             put(squares, self.squares, j);
         }
@@ -186,11 +217,9 @@ impl<T: Float> Kernel<T> for Sums<'_, T> {
         let channels = self.center.len();
         let rows = self.x.len() / channels;
         for j in (0..channels).step_by(LANES) {
-            let lanes = LANES.min(channels - j);
-            let at = |x: &[T], r: usize| get::<T, V>(&x[r * channels + j..][..lanes], 0, T::ZERO);
             let center = get::<T, V>(self.center, j, T::ZERO);
-            put(sum_rows::<T, V>(rows, |r, acc| acc + at(self.dy, r)), self.sum, j);
-            put(sum_rows::<T, V>(rows, |r, acc| at(self.dy, r).mul_add(at(self.x, r) - center, acc)), self.sum_d, j);
+            put(Term::<T, V>::Value(self.dy).sum(rows, channels, j), self.sum, j);
+            put(Term::Product(self.dy, self.x, center).sum(rows, channels, j), self.sum_d, j);
         }
     }
 }

@@ -49,7 +49,7 @@ impl<T: Float> Kernel<T> for Forward<'_, T> {
         let hidden = self.weights.first_bias.len();
         let second = &self.weights.second[self.head * hidden..(self.head + 1) * hidden];
         for j in (0..self.out.len()).step_by(LANES) {
-            let z = self.z.map(|z| get::<T, V>(z, j, T::ZERO));
+            let z = [get::<T, V>(self.z[0], j, T::ZERO), get::<T, V>(self.z[1], j, T::ZERO)];
             let mut sum = V::splat(self.weights.second_bias[self.head]);
             for (k, &w) in second.iter().enumerate() {
                 sum = self.weights.hidden(k, z).max(V::splat(T::ZERO)).mul_add(V::splat(w), sum);
@@ -90,7 +90,7 @@ impl<T: Float> Kernel<T> for Backward<'_, T> {
         let (hidden, heads) = (self.weights.first_bias.len(), self.weights.second_bias.len());
         let zero = V::splat(T::ZERO);
         for j in (0..self.z[0].len()).step_by(LANES) {
-            let z @ [row, column] = self.z.map(|z| get::<T, V>(z, j, T::ZERO));
+            let z @ [row, column] = [get::<T, V>(self.z[0], j, T::ZERO), get::<T, V>(self.z[1], j, T::ZERO)];
             for (k, sums) in self.sums.chunks_exact_mut((3 + heads) * LANES).enumerate() {
                 let a = self.weights.hidden(k, z);
                 let (u, mut du) = (a.max(zero), zero);

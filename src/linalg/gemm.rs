@@ -262,7 +262,6 @@ impl<'a, T: Float> RawEpilogue<'a, T> {
             let width = LANES.min(cols.1 - j);
             let bias: V = self.bias.map_or(V::splat(T::ZERO), |bias| get(&bias[j..j + width]));
             for r in rows.0..rows.1 {
-                let at = |mat: &Mat<'_, T>| -> V { get(&mat.data()[r * mat.row_stride() + j..][..width]) };
                 // SAFETY: a part of row r of C, which is ours alone.
                 let row = unsafe { std::slice::from_raw_parts_mut(c.add(r * c_row + j), width) };
                 let mut x: V = get(row);
@@ -270,7 +269,7 @@ impl<'a, T: Float> RawEpilogue<'a, T> {
                     x = x + bias;
                 }
                 if let Some(residual) = &self.residual {
-                    x = x + at(residual);
+                    x = x + part(residual, r, j, width);
                 }
                 if KIND == GELU_ONLY {
                     x = x.gelu();
@@ -280,7 +279,7 @@ impl<'a, T: Float> RawEpilogue<'a, T> {
                     if KIND == GELU {
                         put(x.gelu(), out);
                     } else if let Some(pre) = pre {
-                        let (value, slope) = at(pre).gelu_with_grad();
+                        let (value, slope) = part::<T, V>(pre, r, j, width).gelu_with_grad();
                         x = x * slope;
                         put(value, out);
                     }
@@ -299,6 +298,12 @@ const GELU_BACKWARD: u8 = 2;
 const GELU_ONLY: u8 = 3;
 
 // Functions and not closures, which a kernel compiled for AVX need not inline.
+
+/// The `width` elements of row `r` from column `j`.
+#[inline(always)]
+fn part<T: Float, V: Vector<T>>(mat: &Mat<T>, r: usize, j: usize, width: usize) -> V {
+    get(&mat.data()[r * mat.row_stride() + j..][..width])
+}
 
 /// The at most sixteen elements of `s`.
 #[inline(always)]
