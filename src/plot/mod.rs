@@ -1,11 +1,13 @@
-//! The few pictures that karat draws: line charts (SVG), confusion matrices (SVG, PNG) and grids of image tiles (PNG).
+//! The few pictures that karat draws: line and bar charts (SVG), confusion matrices (SVG, PNG) and grids of image tiles (PNG).
 
+mod bars;
 mod chart;
 mod confusion;
 mod font;
 mod grid;
 pub mod grouping;
 
+pub use bars::{Bars, bar_chart_svg};
 pub use chart::{Chart, Series, charts_svg, line_chart_svg};
 pub use confusion::Confusion;
 pub use grid::{Grid, Tile, image_grid_png};

@@ -5,6 +5,7 @@ mod gemm;
 mod mim;
 mod model;
 mod peak;
+mod report;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ pub enum Bench {
     Attention(attention::Attention),
     Mim(mim::Mim),
     Model(model::BenchModel),
+    Report(report::BenchReport),
 }
 
 impl Bench {
@@ -36,6 +38,7 @@ impl Bench {
             Bench::Attention(command) => command.run(out),
             Bench::Mim(command) => command.run(out),
             Bench::Model(command) => command.run(out),
+            Bench::Report(command) => command.run(out, threads),
         }
     }
 }
