@@ -49,6 +49,9 @@ fn share(n: usize, parts: usize, i: usize) -> (usize, usize) {
     (n * i / parts, n * (i + 1) / parts)
 }
 
+/// Bytes between elements that fall into one set of an L1 cache.
+const SET: usize = 4096;
+
 /// The left operand in a range of k: where it lies, or a copy of it.
 #[derive(Clone, Copy)]
 enum Left<'a> {
@@ -88,9 +91,9 @@ impl Kernel<f32> for Task<'_> {
     #[inline(always)]
     fn run<V: Vector<f32>>(self) {
         let TileShape { rows: tile_rows, vectors } = V::TILE;
-        // The rows of A all fall into one set of an L1 cache: strips are copied.
-        let aliased = matches!(self.left, Left::InPlace(a) if (a.row_stride() * 4).is_multiple_of(4096));
-        let mut scratch = Buffer::<f32>::scratch(if aliased { tile_rows * COPY_STRIDE } else { 0 });
+        // Rows that fall into one set of a cache are copied, a strip at a time.
+        let copied = matches!(self.left, Left::InPlace(a) if a.col_stride() == 1 && (a.row_stride() * 4).is_multiple_of(SET));
+        let mut scratch = Buffer::<f32>::scratch(if copied { tile_rows * COPY_STRIDE } else { 0 });
         for kb in (0..self.k).step_by(KC) {
             let depth = KC.min(self.k - kb);
             let add = self.epilogue.accumulate || !self.first_pass || kb > 0;
@@ -101,13 +104,13 @@ impl Kernel<f32> for Task<'_> {
                     Left::Packed { data, stride } => (data[strip * stride + kb * tile_rows..].as_ptr(), 1, tile_rows),
                     Left::InPlace(a) => {
                         let source = a.rows_from(r0, r1 - r0).cols_from(kb, depth);
-                        if aliased {
+                        if copied {
                             for (i, row) in scratch.chunks_exact_mut(COPY_STRIDE).take(r1 - r0).enumerate() {
                                 row[..depth].copy_from_slice(&source.data()[i * source.row_stride()..][..depth]);
                             }
                             (scratch.as_ptr(), COPY_STRIDE, 1)
                         } else {
-                            (source.data().as_ptr(), source.row_stride(), 1)
+                            (source.data().as_ptr(), source.row_stride(), source.col_stride())
                         }
                     }
                 };
@@ -147,7 +150,7 @@ const COPY_STRIDE: usize = KC + LANES;
 /// Strips that are packed together: whole cache lines of each column of A.
 const PACK_STRIPS: usize = 4;
 
-/// Copies strips of A, whose rows do not lie side by side, for [`Left::Packed`].
+/// Copies strips of A for [`Left::Packed`].
 struct PackLeft<'a> {
     a: Mat<'a, f32>,
     all_strips: usize,
@@ -364,7 +367,8 @@ pub(super) fn gemm_f32(a: Mat<f32>, b: Right, mut c: MatMut<f32>, epilogue: Epil
     let c_row = c.row_stride();
     let out = Shared(c.data().as_mut_ptr());
     let padded = n.next_multiple_of(LANES);
-    let in_place = a.col_stride() == 1;
+    // Columns are read in place unless they fall into one set of a cache, or two.
+    let in_place = a.col_stride() == 1 || (a.row_stride() == 1 && tile.reads_columns() && !(a.col_stride() * 8).is_multiple_of(SET));
     // Only what is copied limits how many products are summed at a time.
     let (pass_left, pass_right) = (if in_place { 0 } else { m }, if matches!(b, Right::Plain(_)) { padded } else { 0 });
     let pass = PACK_LIMIT.checked_div(pass_left.max(pass_right)).map_or(k, |rows| (rows / KC).max(1) * KC).min(k);

@@ -17,6 +17,13 @@ pub struct TileShape {
     pub vectors: usize,
 }
 
+impl TileShape {
+    /// Whether a tile uses most of each cache line of a column of A that it touches.
+    pub const fn reads_columns(&self) -> bool {
+        2 * self.rows >= LANES
+    }
+}
+
 /// One output tile: where A, B and C lie.
 #[derive(Clone, Copy)]
 pub struct Tile {
@@ -52,6 +59,11 @@ unsafe fn tile<V: Vector<f32>, const ROWS: usize, const NV: usize>(t: Tile) {
     for _ in 0..t.k {
         for v in 0..NV {
             prefetch(b.wrapping_add((8 * NV + v) * LANES));
+        }
+        if V::TILE.reads_columns() && t.a_col > LANES {
+            // Columns are too far apart for the hardware to guess where the next one is.
+            prefetch(a.wrapping_add(12 * t.a_col));
+            prefetch(a.wrapping_add(12 * t.a_col + ROWS - 1));
         }
         // SAFETY: k steps of `NV` vectors lie in the panel, `ROWS` elements in every column of A.
         unsafe {
