@@ -1,4 +1,4 @@
-"""Compares karat's networks with timm's, or where timm has none with `networks.py`, at their real sizes, in float32.
+"""Compares karat's networks with timm's, or where timm has none with `networks/`, at their real sizes, in float32.
 
 python check_models.py [NAME…] [--karat COMMAND] [--full]
 
@@ -28,7 +28,7 @@ TOLERANCE = 1e-4
 
 
 class Check(NamedTuple):
-    """One comparison: timm's name, or one of `networks.py` (karat's as well, unless given), and what both sides change to be small."""
+    """One comparison: timm's name, or one of `networks/` (karat's as well, unless given), and what both sides change to be small."""
 
     timm: str
     timm_args: dict[str, Any] = {}
