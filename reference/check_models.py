@@ -133,7 +133,8 @@ def compare(name: str, check: Check, command: list[str], full: bool) -> bool:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     build = NETWORKS.get(check.timm) or (lambda **args: timm.create_model(check.timm, **args))
-    model = build(**({} if full else check.timm_args)).eval()
+    # The size of the images stays, whatever the depth.
+    model = build(**{key: value for key, value in check.timm_args.items() if not full or key == "img_size"}).eval()
     perturb(model, generator)
     side = check.size or (224 if check.timm in NETWORKS else model.default_cfg["input_size"][-1])
     images = torch.randn(1, 3, side, side, generator=generator)
