@@ -449,12 +449,19 @@ mod program {
         // The run's own configuration makes the same run.
         karat(0, dir, "finetune --from mae --config a/config.toml --out b");
         assert!(fs::read(dir.join("b").join(STATE)).unwrap() == whole);
+        // A configuration may change the network, with nothing to start from as well.
+        fs::write(dir.join("flat.toml"), "crop = 1.0\n[network]\ndepth = 1\n").unwrap();
+        let said = karat(0, dir, &format!("finetune --model vit_micro --config flat.toml {pets} --crop 0.9 --out flat"));
+        let blocks =
+            Checkpoint::open(dir.join("flat").join(CHECKPOINT)).unwrap().names().iter().filter(|n| n.contains(".norm1.weight")).count();
+        let file = fs::read_to_string(dir.join("flat/config.toml")).unwrap();
+        assert!(blocks == 1 && file.contains("crop = 0.9"), "{said}{file}");
         let student = format!("finetune --model deit_micro_distilled --teacher vit_micro --teacher-weights a {pets}");
         karat(0, dir, &format!("{student} --out c"));
         karat(0, dir, "finetune --resume c");
 
         bad(dir, "finetune --model vit_mikro", "unknown model `vit_mikro`; known: vit_micro");
-        bad(dir, "finetune --data pets --image-size 9 --batch 2 --out x", "patch");
+        bad(dir, "finetune --model vit_micro --data pets --image-size 9 --batch 2 --out x", "patch");
         let other = "finetune --from mae --model deit_tiny_patch16_224 --image-size 32 --out x";
         bad(dir, other, "no pre-trained encoder of `deit_tiny_patch16_224`");
         bad(dir, "finetune --from nowhere", "nowhere");
