@@ -4,6 +4,8 @@
 //! `BN(conv(x; W, b)) = conv(x; s W, s (b − m) + β)`, exact but for rounding. The weights are scaled in every call: they are small beside the
 //! maps, whose second pass is saved, and nothing can be out of date.
 
+use rayon::prelude::*;
+
 use super::batch_norm::{self, BatchNorm2d};
 use super::conv::Conv2d;
 use super::param::Params;
@@ -11,6 +13,9 @@ use super::pass::Pass;
 use crate::error::Result;
 use crate::kernel::elementwise;
 use crate::tensor::{Buffer, Float, Tensor};
+
+/// Elements that one thread makes positive at a time.
+const CHUNK: usize = 1 << 14;
 
 /// What goes into a norm, and its statistics; both are empty after inference.
 pub type NormInput<T> = (Tensor<T>, batch_norm::Saved<T>);
@@ -41,7 +46,9 @@ pub fn forward<T: Float>(
         let mut y = folded((conv, weights), (norm, p), x)?;
         match then {
             Then::Identity => {}
-            Then::Relu => y.data_mut().iter_mut().for_each(|y| *y = if *y > T::ZERO { *y } else { T::ZERO }),
+            Then::Relu => y.data_mut().par_chunks_mut(CHUNK).for_each(|y| {
+                y.iter_mut().for_each(|y| *y = if *y > T::ZERO { *y } else { T::ZERO });
+            }),
             Then::Gelu => y = gelu(&y),
         }
         return Ok((y, (Tensor::zeros([0]), batch_norm::Saved::empty())));
