@@ -405,6 +405,8 @@ const LITE_SMALL: &str = r#"{"embed_dims": [64, 128, 320, 512], "serial_depths":
 const LITE_MEDIUM: &str = r#"{"embed_dims": [128, 256, 320, 512], "serial_depths": [3, 6, 10, 8]}"#;
 const MICRO: &str = r#"{"patch_size": 2, "embed_dims": [32, 64, 64, 64], "serial_depths": [1, 1, 1, 1], "parallel_depth": 2,
     "num_heads": 4, "crpe_head_splits": [1, 1, 2]}"#;
+const LITE_MICRO: &str = r#"{"patch_size": 2, "embed_dims": [32, 64, 96, 128], "serial_depths": [1, 2, 2, 1], "num_heads": 4,
+    "crpe_head_splits": [1, 1, 2]}"#;
 
 /// CoaT and CoaT-Lite.
 pub static FAMILY: Family = Family {
@@ -427,6 +429,7 @@ pub static FAMILY: Family = Family {
         variant("coat_lite_medium", LITE_MEDIUM, Eval::IMAGENET, 44_571_048, 9.77),
         variant("coat_lite_medium_384", LITE_MEDIUM, Eval::IMAGENET.at(384).crop(1.0), 44_571_048, 28.63),
         Variant { name: "coat_micro", also: &[], config: MICRO, eval: Eval::SMALL, params: None, gmacs: None },
+        Variant { name: "coat_lite_micro", also: &[], config: LITE_MICRO, eval: Eval::SMALL, params: None, gmacs: None },
     ],
 };
 
