@@ -19,6 +19,7 @@ mod probe;
 mod progress;
 mod reconstruct;
 mod tokenizer;
+mod transfer;
 mod verify;
 
 use std::io::{self, Write};
@@ -68,6 +69,7 @@ enum Command {
     #[command(subcommand)]
     Analyze(analyze::Analyze),
     Compare(compare::Compare),
+    Transfer(transfer::Transfer),
     Group(group::Group),
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -125,6 +127,7 @@ impl Cli {
             Command::Tokenizer(command) => command.run(out),
             Command::Analyze(command) => command.run(out),
             Command::Compare(command) => command.run(out),
+            Command::Transfer(command) => command.run(out),
             Command::Group(command) => command.run(out),
             Command::Bench(command) => command.run(out, self.threads),
         }

@@ -253,6 +253,19 @@ impl TrainConfig {
         Dataset::open(Path::new(&self.data), OpenOptions { split, skip_bad: self.skip_bad })
     }
 
+    /// Opens the images for training and for test, and what was left out of them.
+    ///
+    /// # Errors
+    /// As [`Dataset::open`], or if the two have different classes.
+    pub fn open_both(&self) -> Result<([Dataset; 2], Vec<Skipped>)> {
+        let (train, skipped) = self.open_data(Split::Train)?;
+        let (test, skipped_test) = self.open_data(Split::Test)?;
+        if train.class_names() != test.class_names() {
+            return Err(Error::value("data", "training and test images have different classes"));
+        }
+        Ok(([train, test], vec![skipped, skipped_test]))
+    }
+
     /// How pixels become the network's input.
     pub fn normalization(&self) -> Normalization {
         match &self.finetune {

@@ -11,6 +11,7 @@ use rayon::prelude::*;
 
 use super::config::TrainConfig;
 use super::evaluation::{Accuracy, Evaluation};
+use super::gain::TRANSFER;
 use super::metrics::{METRICS, Metrics, StepReport};
 use super::optimizer::{Optimizer, clip};
 use super::schedule::Schedule;
@@ -332,7 +333,7 @@ pub fn saved_config(file: &Checkpoint) -> Result<TrainConfig> {
 }
 
 /// Every file that a run writes into its folder.
-const FILES: [&str; 12] = [
+const FILES: [&str; 13] = [
     STATE,
     CHECKPOINT,
     BEST,
@@ -345,6 +346,7 @@ const FILES: [&str; 12] = [
     "tokenizer.json",
     "codebook.json",
     PROBE,
+    TRANSFER,
 ];
 
 /// Makes the folder of a run, and removes the temporary files that a killed run left in it: a process that happens to have the
