@@ -141,6 +141,8 @@ fn every_method_trains_and_resumes() {
     same(&tokenizer, &stopped, &FILES);
     same(&tokenizer, &stopped, &["codebook.json"]);
 
+    let drops = at("drops.toml");
+    fs::write(&drops, "drop_path = 0.4\njitter = 0.4\nmilestones = [0.5]\n").unwrap();
     for (method, network) in METHODS.iter().flat_map(|m| m.networks.iter().map(move |n| (m, n))).filter(|(_, n)| n.name.ends_with("_micro"))
     {
         let (straight, stopped) =
@@ -150,10 +152,13 @@ fn every_method_trains_and_resumes() {
         if method.tokens {
             command.arg("--tokenizer").arg(&tokenizer);
         }
+        if ["simmim", "a2mim", "beit"].contains(&method.name) {
+            command.arg("--config").arg(&drops);
+        }
         good(command.arg("--out").arg(&straight).output().unwrap());
         let config = run_config(&straight);
         let (tokenizer, normalization) = (config.tokenizer.as_ref().map(Path::new), config.normalization());
-        let objective = methods::build_run(method.name, network.name, 32, None, tokenizer, normalization).unwrap();
+        let objective = methods::build_run(method.name, network.name, 32, None, config.drop_path, tokenizer, normalization).unwrap();
         stop(&*objective, config, &stopped);
         good(karat().args(["pretrain", "--threads", "1", "--resume"]).arg(&stopped).output().unwrap());
         same(&straight, &stopped, &FILES);

@@ -14,7 +14,16 @@ use tiny::Tiny;
 
 /// 31 steps of 15 an epoch; saves within epochs.
 fn config() -> TrainConfig {
-    TrainConfig { image_size: 8, length: Length::Steps(31), save_every: 7, seed: 5, lr: 3e-3 / 0.7, ..TrainConfig::default() }
+    TrainConfig {
+        image_size: 8,
+        length: Length::Steps(31),
+        save_every: 7,
+        seed: 5,
+        lr: 3e-3 / 0.7,
+        jitter: 0.2,
+        milestones: vec![0.7, 0.9],
+        ..TrainConfig::default()
+    }
 }
 
 fn tiny() -> Tiny {
@@ -254,11 +263,15 @@ fn checkpoints_are_plain_safetensors() {
 
 #[test]
 fn schedule() {
-    let s = Schedule { peak: 2.0, floor: 0.5, warmup: 4, steps: 12 };
+    let s = Schedule { peak: 2.0, floor: 0.5, warmup: 4, steps: 12, milestones: Vec::new() };
     assert_eq!([0, 1, 2, 3, 4].map(|i| s.rate(i)), [0.5, 1.0, 1.5, 2.0, 2.0]);
     assert!((s.rate(8) - 1.25).abs() < 1e-12, "half way down");
     assert!((s.rate(6) - (0.5 + 0.75 * (1.0 + 0.5f64.sqrt()))).abs() < 1e-12);
     assert_eq!([12, 100].map(|i| s.rate(i)), [0.5, 0.5]);
+    let stepped = Schedule { floor: 0.01, milestones: vec![6, 9, 10], ..s.clone() };
+    for (step, rate) in [(0, 0.5), (3, 2.0), (5, 2.0), (6, 0.2), (8, 0.2), (9, 0.02), (10, 0.01), (11, 0.01), (12, 0.01)] {
+        assert!((stepped.rate(step) - rate).abs() < 1e-12, "step {step}");
+    }
     let none = Schedule { warmup: 0, ..s };
     assert_eq!(none.rate(0), 2.0);
 }

@@ -168,5 +168,6 @@ fn say(out: &mut dyn Write, line: impl std::fmt::Display) -> Result<()> {
 /// The objective of a pre-training run.
 fn objective(config: &TrainConfig) -> Result<Box<dyn MaskedModel>> {
     let tokenizer = config.tokenizer.as_ref().map(Path::new);
-    methods::build_run(&config.method, &config.model, config.image_size, config.mask_ratio, tokenizer, config.normalization())
+    let TrainConfig { method, model, image_size, mask_ratio, drop_path, .. } = config;
+    methods::build_run(method, model, *image_size, *mask_ratio, *drop_path, tokenizer, config.normalization())
 }

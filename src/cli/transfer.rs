@@ -40,9 +40,9 @@ pub struct Transfer {
     /// Optimizer steps
     #[arg(long, value_name = "N")]
     steps: Option<u64>,
-    /// Images per step
-    #[arg(long, value_name = "B", default_value_t = 32)]
-    batch: usize,
+    /// Images per step [default: 32, or all labelled ones if there are fewer]
+    #[arg(long, value_name = "B")]
+    batch: Option<usize>,
     /// The largest learning rate
     #[arg(long, value_name = "X", default_value_t = 1e-3)]
     lr: f64,
@@ -90,7 +90,7 @@ impl Transfer {
             data: self.data.clone(),
             epochs: self.steps.is_none().then_some(self.epochs),
             steps: self.steps,
-            batch: Some(self.batch),
+            batch: Some(self.batch.unwrap_or(self.labels.clamp(1, 32))),
             lr: Some(self.lr),
             layer_decay: Some(self.layer_decay),
             drop_path: self.drop_path,

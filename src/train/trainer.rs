@@ -15,7 +15,7 @@ use super::gain::TRANSFER;
 use super::metrics::{METRICS, Metrics, StepReport};
 use super::optimizer::{Optimizer, clip};
 use super::schedule::Schedule;
-use crate::data::{Dataset, Loader, LoaderOptions, Transform};
+use crate::data::{Dataset, Loader, LoaderOptions};
 use crate::fs::write_atomic;
 use crate::nn::batch_norm::Updates;
 use crate::nn::{Batch, Checkpoint, Loss, Objective, Params, Pass, StepKey, View, encode, items};
@@ -80,8 +80,7 @@ impl<'a> Trainer<'a> {
         let second = match objective.second_view() {
             None => None,
             Some(View { size, normalization }) => {
-                // Crops depend on the random stream and not on the size.
-                let transform = Transform::training(size, channels, (config.crop, 1.0), normalization)?;
+                let transform = config.view((size, channels), normalization)?;
                 Some((Loader::new(dataset, transform, options)?, Tensor::zeros([config.batch, channels, size, size])))
             }
         };
