@@ -7,14 +7,13 @@ use std::path::Path;
 use karat::case::Config;
 use karat::data::transform::Normalization;
 use karat::data::{Dataset, Split, Transform};
-use karat::mim::methods;
-use karat::nn::{Batch, Checkpoint, Objective, Params, StepKey};
+use karat::mim::methods::{self, METHODS};
+use karat::nn::{Batch, Checkpoint, Entry, Objective, Params, StepKey, write_tensors};
 use karat::tensor::Tensor;
 use karat::train::{
     BEST, CHECKPOINT, Classification, Evaluation, Event, FineTune, Length, METRICS, Mix, Mixing, STATE, Teacher, TrainConfig, Trainer,
     finetuning_network, layer_rates, read_accuracies, transfer,
 };
-
 const SIZE: usize = 16;
 
 /// A ViT of 4 tokens.
@@ -317,7 +316,7 @@ fn pretrained_encoders() {
     let config = TrainConfig { method: "mae".into(), model: "vit_micro".into(), image_size: 8, seed: 5, ..TrainConfig::default() };
     Trainer::new(&*mae, &data, config).unwrap().save(folder.path()).unwrap();
     let file = Checkpoint::open(folder.path().join(CHECKPOINT)).unwrap();
-    let finetune = FineTune { network: finetuning_network("mae"), ..settings() };
+    let finetune = FineTune { network: finetuning_network("mae", "vit_micro").1, ..settings() };
     let load = |finetune: &FineTune, size| {
         let model = finetune.model("vit_micro", size).unwrap();
         let mut params = Params::init(&model.build().unwrap().layout, 9);
@@ -332,6 +331,42 @@ fn pretrained_encoders() {
     assert_eq!(load(&finetune, 16).unwrap().1.resized, ["pos_embed"]);
     let error = load(&settings(), 8).err().unwrap().to_string();
     assert!(error.contains("no pre-trained encoder of `vit_micro`") && error.contains("wrong shape"), "{error}");
+}
+
+/// Every method's small network arrives whole in the classifier of the zoo: what stays new are head and norms, and what arrives is what
+/// was pre-trained.
+#[test]
+fn every_method_has_a_classifier() {
+    // The zoo has no classifier with a Twins encoder.
+    for (method, network) in METHODS.iter().flat_map(|m| m.networks.iter().map(move |n| (m, n))) {
+        if !network.name.ends_with("_micro") || network.name == "green_twins_micro" {
+            continue;
+        }
+        let (method, name) = (method.name, network.name);
+        let trained = methods::build(method, name, network.size, None).unwrap();
+        let params: Params<f32> = Params::init(trained.layout(), 5);
+        let tensor = |x: &[f32], e: &Entry| (e.name.clone(), Tensor::new(e.param.shape(), x).unwrap());
+        let mut tensors: Vec<_> = trained.layout().params().iter().map(|e| tensor(params.get(e.param), e)).collect();
+        tensors.extend(trained.layout().buffers().iter().map(|e| tensor(params.buffer(e.param), e)));
+        let folder = tempfile::tempdir().unwrap();
+        write_tensors(folder.path().join(CHECKPOINT), &tensors, &[]).unwrap();
+        let file = Checkpoint::open(folder.path().join(CHECKPOINT)).unwrap();
+
+        let (classifier, config) = finetuning_network(method, name);
+        let model = FineTune { network: config, ..FineTune { class_names: vec!["a".into(), "b".into()], ..FineTune::default() } };
+        let model = model.model(&classifier, network.size).unwrap();
+        let mut params = Params::init(&model.build().unwrap().layout, 9);
+        let loaded = transfer(&file, &model, &mut params).unwrap_or_else(|e| panic!("{method}: {e}"));
+        let new = |name: &str| ["head.", "fc.", "norm.", "fc_norm."].iter().any(|start| name.starts_with(start));
+        assert!(loaded.fresh.iter().all(|name| new(name)), "{method} {name}: {:?}", loaded.fresh);
+        assert!(loaded.resized.is_empty(), "{method} {name}: {:?}", loaded.resized);
+        for entry in params.layout().params().iter().filter(|e| !loaded.fresh.contains(&e.name)) {
+            assert!(tensors.iter().any(|(_, x)| x.data() == params.get(entry.param)), "{method} {name}: {}", entry.name);
+        }
+        // Blocks whose table was shared are told apart by nothing else than where the shared one went.
+        let tables = params.layout().params().iter().filter(|e| e.name.ends_with(".attn.relative_position_bias_table")).count();
+        assert!(!classifier.starts_with("beit") || tables == 6, "{classifier}: {tables} tables");
+    }
 }
 
 #[test]

@@ -13,6 +13,8 @@ use karat::train::Optimizer;
 const CLASSES: usize = 3;
 const BATCH: usize = 2;
 const STEPS: usize = 8;
+/// How far apart inference and the plain pass may be where batch norms are folded, against the largest logit: some hundred roundings.
+const FOLDING: f32 = 2e-5;
 
 /// One test at a time: the pool counts the memory of the process.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -74,7 +76,7 @@ fn published_figures() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Inference gives the bits of the plain pass; recomputation gives the gradient's bits, with drop path on, and saves memory.
+/// Inference gives the bits of the plain pass, but for what folding batch norms into convolutions rounds; recomputation gives the gradient's bits, with drop path on, and saves memory.
 #[test]
 fn passes_agree() {
     let _alone = alone();
@@ -83,7 +85,13 @@ fn passes_agree() {
         let mut model = Model::named(name, CLASSES, None).unwrap();
         model.config.set("drop_path_rate", 0.3);
         let built = model.build().unwrap();
-        let p = Params::<f32>::init(&built.layout, 1);
+        let mut p = Params::<f32>::init(&built.layout, 1);
+        // Norms that do something: else a mistake in folding them would not show.
+        for (i, entry) in built.layout.params().iter().chain(built.layout.buffers()).enumerate() {
+            let wave = |j: usize, x: f32| x * (1.0 + 0.2 * ((7 * i + 3 * j) as f32).sin()) + 0.02 * ((5 * i + 2 * j) as f32).cos();
+            let values = if i < built.layout.params().len() { p.get_mut(entry.param) } else { p.buffer_mut(entry.param) };
+            values.iter_mut().enumerate().for_each(|(j, x)| *x = wave(j, *x));
+        }
         let x = images(BATCH, model.size);
         let watch = Watch::default();
         let inferred = built.network.infer(&p.watched(&watch), &x).unwrap();
@@ -108,7 +116,11 @@ fn passes_agree() {
         assert_eq!(inferred.len(), plain.len());
         for (a, b) in inferred.iter().zip(&plain) {
             assert_eq!(*a.shape(), [BATCH, CLASSES], "{name}");
-            assert!(a.data() == b.data() && a.data().iter().all(|z| z.is_finite()), "{name}: inference and plain pass differ");
+            let folds = built.layout.buffers().iter().any(|b| b.name.ends_with("running_var"));
+            let largest = b.data().iter().fold(0.0, |most: f32, z| most.max(z.abs()));
+            let bound = if folds { FOLDING * largest } else { 0.0 };
+            let close = a.data().iter().zip(b.data()).all(|(a, b)| a.is_finite() && (a - b).abs() <= bound);
+            assert!(close, "{name}: inference and plain pass differ: {:?}, {:?}", a.data(), b.data());
         }
         let key = StepKey { seed: 3, step: 7 };
         let train = |recompute| learn(&p.run_as(Pass::Train { key, recompute }), &mut Vec::new()).unwrap();

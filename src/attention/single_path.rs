@@ -15,6 +15,7 @@ use crate::kernel::attention::{self as core, Groups, Mask, Operand, Sizes, TermG
 use crate::kernel::{elementwise, reduce};
 use crate::linalg::ColumnsMut;
 use crate::nn::batch_norm::{self, BatchNorm2d, Updates};
+use crate::nn::conv_norm::{self, Then};
 use crate::nn::spvit_fold::{Bottleneck, Fold, Folded, KernelLayout};
 use crate::nn::spvit_gate::{GateKind, Gates, START};
 use crate::nn::{Init, Linear, Names, Param, Params, normal_02};
@@ -210,8 +211,7 @@ impl ConvBranch {
             Weights::Own(_) => None,
         };
         let (bottleneck, weights) = (self.bottleneck(), folded.as_ref().map_or(p, |folded| &folded.params));
-        let middle = bottleneck.conv.forward(weights, t)?;
-        let (active, norm) = self.norm.forward_relu(p, &middle, training)?;
+        let (active, (middle, norm)) = conv_norm::forward((&bottleneck.conv, weights), (&self.norm, p), t, training, Then::Relu)?;
         Ok((bottleneck.out.forward(weights, &active)?, ConvSaved { folded, middle, norm }))
     }
 

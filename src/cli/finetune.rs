@@ -143,17 +143,16 @@ impl Finetune {
         if let Some(run) = &self.from {
             let file = Checkpoint::open(run.join(CHECKPOINT))?;
             let old = saved_config(&file)?;
-            defaults.model.clone_from(&old.model);
             defaults.data.clone_from(&old.data);
             published_size = Some(old.image_size);
             settings.normalization = old.normalization();
             start = match old.finetune {
-                Some(old) => {
-                    settings.network = old.network;
+                Some(finetune) => {
+                    (defaults.model, settings.network) = (old.model, finetune.network);
                     Start::Classifier { file, new_head: self.new_head }
                 }
                 None => {
-                    settings.network = finetuning_network(&old.method);
+                    (defaults.model, settings.network) = finetuning_network(&old.method, &old.model);
                     Start::Pretrained(file)
                 }
             };
@@ -184,7 +183,9 @@ impl Finetune {
         c.save_every = self.save_every.unwrap_or(c.save_every);
         c.skip_bad |= self.skip_bad;
         let mut f = c.finetune.take().unwrap_or_default();
-        f.network = settings.network;
+        if self.from.is_some() {
+            f.network = settings.network;
+        }
         f.normalization = settings.normalization;
         for (target, value) in [
             (&mut f.mixup, self.mixup),

@@ -81,8 +81,8 @@ const UM_SWIN_MICRO: &str = r#"{"encoder": "swin", "stride": 4, "window_size": 4
 const UM_SWIN_TINY: &str = r#"{"encoder": "swin", "stride": 16, "window_size": 8, "posmlp_dim": 32}"#;
 const UM_SWIN_LARGE: &str = r#"{"encoder": "swin", "stride": 16, "window_size": 8, "posmlp_dim": 64}"#;
 
-const RESNET_MICRO: &str = r#"{"encoder": "resnet", "block": "bottleneck", "layers": [2, 2, 2], "stem_channels": 32, "base_channels": 16,
-    "expansion": 4, "strides": [1, 2, 2], "mask_layer": 2}"#;
+const RESNET_MICRO: &str = r#"{"encoder": "resnet", "block": "basic", "layers": [2, 2, 2], "stem_channels": 32, "base_channels": 32,
+    "expansion": 1, "strides": [1, 2, 2], "mask_layer": 2}"#;
 const RESNET_50: &str = r#"{"encoder": "resnet", "block": "bottleneck", "layers": [3, 4, 6, 3], "mask_layer": 3}"#;
 const RESNET_101: &str = r#"{"encoder": "resnet", "block": "bottleneck", "layers": [3, 4, 23, 3], "mask_layer": 3}"#;
 const RESNET_152: &str = r#"{"encoder": "resnet", "block": "bottleneck", "layers": [3, 8, 36, 3], "mask_layer": 3}"#;

@@ -359,7 +359,7 @@ pub static FAMILY: Family = Family {
         Variant {
             name: "pvt_micro",
             also: &[],
-            config: r#"{"patch_size": 2, "embed_dims": [32, 64, 128], "depths": [2, 2, 2], "num_heads": [1, 2, 4],
+            config: r#"{"style": "um_mae", "patch_size": 2, "embed_dims": [32, 64, 128], "depths": [2, 2, 2], "num_heads": [1, 2, 4],
                 "mlp_ratios": [4, 4, 4], "sr_ratios": [4, 2, 1]}"#,
             eval: Eval::SMALL,
             params: None,

@@ -14,7 +14,8 @@ use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::{Error, Result};
 use crate::kernel::elementwise;
 use crate::kernel::pool::Window;
-use crate::nn::batch_norm::{self, Updates};
+use crate::nn::batch_norm::Updates;
+use crate::nn::conv_norm::{NormInput, Then};
 use crate::nn::maps::{channels_first, channels_last};
 use crate::nn::pool::{max_pool, max_pool_backward};
 use crate::nn::{ConvSettings, DropPath, Init, Layout, Linear, Names, Params};
@@ -63,7 +64,7 @@ pub struct Trunk {
 pub struct Saved<T: Float> {
     image: Tensor<T>,
     training: bool,
-    stem: (Tensor<T>, batch_norm::Saved<T>),
+    stem: NormInput<T>,
     stages: Vec<Vec<Kept<T, resnet_block::Saved<T>>>>,
     updates: Updates<T>,
 }
@@ -140,8 +141,7 @@ impl Trunk {
         mut paint: impl FnMut(usize, Tensor<T>) -> Result<Tensor<T>>,
     ) -> Result<(Tensor<T>, Saved<T>)> {
         let image = channels_last(image)?;
-        let z = self.stem.conv.forward(p, &image)?;
-        let (a, mut norm) = self.stem.norm.forward_relu(p, &z, training)?;
+        let (a, (z, mut norm)) = self.stem.forward(p, &image, training, Then::Relu)?;
         let mut x = max_pool(&a, POOL)?;
         drop(a);
         let mut updates = norm.take_updates();

@@ -11,7 +11,8 @@ use super::resnet::sample_sides;
 use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::{Error, Result};
 use crate::kernel::elementwise;
-use crate::nn::batch_norm::{self, Updates};
+use crate::nn::batch_norm::Updates;
+use crate::nn::conv_norm::{self, NormInput, Then};
 use crate::nn::maps::{channels_first, channels_last};
 use crate::nn::{BatchNorm2d, Conv2d, ConvSettings, DropPath, Layout, Names, Params};
 use crate::tensor::random::Rng;
@@ -79,6 +80,11 @@ impl ConvNorm {
         Ok(ConvNorm { conv, norm: BatchNorm2d::new(names.at(norm), settings.outputs, eps, momentum) })
     }
 
+    /// Both in turn, or, in inference, at once.
+    pub(super) fn forward<T: Float>(&self, p: &Params<T>, x: &Tensor<T>, training: bool, then: Then) -> Result<(Tensor<T>, NormInput<T>)> {
+        conv_norm::forward((&self.conv, p), (&self.norm, p), x, training, then)
+    }
+
     /// What it costs on `[b, h, w]`, kept: what goes into the norm and its statistics; and the size of its output.
     pub fn cost(&self, [b, h, w]: [usize; 3], training: bool) -> Result<(Cost, [usize; 3])> {
         let [oh, ow] = self.conv.output_size([h, w])?;
@@ -95,9 +101,6 @@ pub struct Block {
     outputs: usize,
     drop: DropPath,
 }
-
-/// What goes into a norm, and its statistics.
-type NormInput<T> = (Tensor<T>, batch_norm::Saved<T>);
 
 /// What the backward pass needs.
 pub struct Saved<T: Float> {
@@ -167,10 +170,9 @@ impl Block {
         let mut branch = Vec::with_capacity(self.branch.len());
         let mut at = x.clone();
         for (i, part) in self.branch.iter().enumerate() {
-            let z = part.conv.forward(p, &at)?;
-            let (next, norm) =
-                if i + 1 < self.branch.len() { part.norm.forward_relu(p, &z, training)? } else { part.norm.forward(p, &z, training)? };
-            branch.push((z, norm));
+            let then = if i + 1 < self.branch.len() { Then::Relu } else { Then::Identity };
+            let (next, saved) = part.forward(p, &at, training, then)?;
+            branch.push(saved);
             at = next;
         }
         let mut y = self.drop.apply(p, at);
@@ -180,10 +182,9 @@ impl Block {
                 None
             }
             Some(part) => {
-                let z = part.conv.forward(p, &x)?;
-                let (shortcut, norm) = part.norm.forward(p, &z, training)?;
+                let (shortcut, saved) = part.forward(p, &x, training, Then::Identity)?;
                 elementwise::add_relu(y.data_mut(), shortcut.data(), T::ONE);
-                Some((z, norm))
+                Some(saved)
             }
         };
         Ok((y.clone(), Saved { x, branch, shortcut, y }))

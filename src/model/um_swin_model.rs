@@ -123,7 +123,7 @@ pub static FAMILY: Family = Family {
         Variant {
             name: "um_swin_micro",
             also: &[],
-            config: r#"{"patch_size": 2, "embed_dim": 32, "depths": [2, 2, 2], "num_heads": [2, 4, 8], "window_size": 4}"#,
+            config: r#"{"patch_size": 2, "embed_dim": 48, "depths": [2, 2, 2], "num_heads": [3, 6, 12], "window_size": 4}"#,
             eval: Eval::SMALL,
             params: None,
             gmacs: None,

@@ -13,7 +13,7 @@ use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::{Error, Result};
 use crate::kernel::channel_norm::{self, Rows};
 use crate::tensor::random::Rng;
-use crate::tensor::{Float, Tensor};
+use crate::tensor::{Buffer, Float, Tensor};
 
 /// BatchNorm over the last axis: `weight` γ, `bias` β, buffers `running_mean`, `running_var`, all `[C]`.
 #[derive(Clone, Debug)]
@@ -39,6 +39,11 @@ pub struct Saved<T: Float> {
 pub type Updates<T> = Vec<(Param, Tensor<T>)>;
 
 impl<T: Float> Saved<T> {
+    /// Of a call that had no backward pass to think of.
+    pub(super) fn empty() -> Self {
+        Saved { mean: Tensor::zeros([0]), r: Tensor::zeros([0]), updates: Vec::new(), training: false }
+    }
+
     /// Takes the running statistics after the call: none in evaluation.
     pub fn take_updates(&mut self) -> Updates<T> {
         std::mem::take(&mut self.updates)
@@ -56,6 +61,17 @@ impl BatchNorm2d {
     /// Bytes that [`forward`](Self::forward) keeps beside `x` and `y`.
     pub fn saved_bytes(&self, training: bool) -> usize {
         4 * self.channels * if training { 4 } else { 2 }
+    }
+
+    /// Evaluation as `y = s x + t`: s and t.
+    pub(super) fn affine<T: Float>(&self, p: &Params<T>) -> (Buffer<T>, Buffer<T>) {
+        let ([mean, var], [gamma, beta]) = (self.running.map(|b| p.buffer(b)), [self.weight, self.bias].map(|w| p.get(w)));
+        let (mut s, mut t) = (Buffer::scratch(self.channels), Buffer::scratch(self.channels));
+        for c in 0..self.channels {
+            s[c] = gamma[c] * (T::ONE / (var[c] + T::from_f64(self.eps)).root());
+            t[c] = beta[c] - mean[c] * s[c];
+        }
+        (s, t)
     }
 
     fn rows<T: Float>(&self, x: &Tensor<T>) -> Result<Rows> {

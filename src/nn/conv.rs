@@ -168,8 +168,7 @@ impl Conv2d {
     }
 
     /// The weight `[out, (u, v, c)]`.
-    fn by_window<T: Float>(&self, p: &Params<T>) -> Buffer<T> {
-        let weight = p.get(self.weight);
+    fn by_window<T: Float>(&self, weight: &[T]) -> Buffer<T> {
         let mut out = Buffer::scratch(weight.len());
         transpose(&mut out, weight, self.settings.outputs, self.per_group()[0], self.geometry.taps());
         out
@@ -184,15 +183,19 @@ impl Conv2d {
 
     /// `[B, H, W, in]` → `[B, H', W', out]`.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: &Tensor<T>) -> Result<Tensor<T>> {
+        self.forward_with(p.get(self.weight), self.bias.map(|b| p.get(b)), x)
+    }
+
+    /// [`forward`](Self::forward) with another weight and bias of the same shapes; the bias need not be registered.
+    pub(super) fn forward_with<T: Float>(&self, weight: &[T], bias: Option<&[T]>, x: &Tensor<T>) -> Result<Tensor<T>> {
         let (size, out @ [b, oh, ow, all]) = self.sizes(x)?;
         let mut y = Tensor::scratch(out);
-        let bias = self.bias.map(|b| p.get(b));
         if self.is_depthwise() {
-            depthwise::forward(MapMut::new(y.data_mut(), out), Map::new(x.data(), size), p.get(self.weight), bias, self.geometry);
+            depthwise::forward(MapMut::new(y.data_mut(), out), Map::new(x.data(), size), weight, bias, self.geometry);
             return Ok(y);
         }
         let ([inputs, outputs], len) = (self.per_group(), self.settings.fan_in());
-        let weight = self.by_window(p);
+        let weight = self.by_window(weight);
         let mut product = |a: Mat<T>, first: usize, g: usize, w: Range<usize>| {
             let rows = a.rows();
             let from = (first * all + g * outputs).min(y.data().len());
@@ -229,7 +232,7 @@ impl Conv2d {
             return Ok(dx);
         }
         let ([inputs, outputs], len) = (self.per_group(), self.settings.fan_in());
-        let weight = self.by_window(p);
+        let weight = self.by_window(p.get(self.weight));
         if self.geometry.is_pointwise() {
             let mut dx = Tensor::scratch(size);
             let pixels = b * oh * ow;

@@ -6,8 +6,9 @@
 //! Backward: the parts in turn. Kept are the image (channels last) and the outputs of the convolutions; norms and GELU are computed
 //! again.
 
-use super::batch_norm::{self, BatchNorm2d, Updates};
+use super::batch_norm::{BatchNorm2d, Updates};
 use super::conv::{Conv2d, ConvSettings};
+use super::conv_norm::{self, NormInput, Then};
 use super::maps::{channels_first, channels_last};
 use super::param::{Layout, Names, Params};
 use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
@@ -68,7 +69,7 @@ pub struct ConvStem {
 pub struct Saved<T: Float> {
     image: Tensor<T>,
     /// The output of every convolution, and what its norm keeps.
-    stages: Vec<(Tensor<T>, batch_norm::Saved<T>)>,
+    stages: Vec<NormInput<T>>,
 }
 
 impl<T: Float> Saved<T> {
@@ -127,10 +128,10 @@ impl ConvStem {
         let mut x = image.clone();
         let mut stages = Vec::with_capacity(self.stages.len());
         for (index, (conv, norm)) in self.stages.iter().enumerate() {
-            let map = conv.forward(p, &x)?;
-            let (normed, saved) = norm.forward(p, &map, training)?;
-            x = if index + 1 < self.stages.len() { gelu(&normed) } else { normed };
-            stages.push((map, saved));
+            let then = if index + 1 < self.stages.len() { Then::Gelu } else { Then::Identity };
+            let (y, saved) = conv_norm::forward((conv, p), (norm, p), &x, training, then)?;
+            stages.push(saved);
+            x = y;
         }
         let [b, h, w, c] = x.dims("map")?;
         Ok((x.reshape([b, h * w, c])?, [h, w], Saved { image, stages }))

@@ -7,6 +7,7 @@
 
 use super::batch_norm::{self, BatchNorm2d, Updates};
 use super::conv::{Conv2d, ConvSettings};
+use super::conv_norm::{self, NormInput, Then};
 use super::maps::{channels_first, channels_last};
 use super::param::{Layout, Names, Params};
 use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
@@ -71,7 +72,7 @@ enum Kind {
 pub struct EmbedSaved<T: Float> {
     x: Tensor<T>,
     /// The outputs of the convolutions before a BatchNorm, and its statistics.
-    stages: Vec<(Tensor<T>, batch_norm::Saved<T>)>,
+    stages: Vec<NormInput<T>>,
 }
 
 /// What a patch embedding is made of.
@@ -148,10 +149,9 @@ impl DilatePatchEmbed {
             Kind::Stem(stem) => {
                 let (mut active, mut stages) = (x.clone(), Vec::new());
                 for (conv, norm) in &stem.stages {
-                    let h = conv.forward(p, &active)?;
-                    let (normed, saved) = norm.forward(p, &h, training)?;
-                    active = gelu(&normed);
-                    stages.push((h, saved));
+                    let (y, saved) = conv_norm::forward((conv, p), (norm, p), &active, training, Then::Gelu)?;
+                    stages.push(saved);
+                    active = y;
                 }
                 Ok((stem.last.forward(p, &active)?, EmbedSaved { x, stages }))
             }
@@ -266,8 +266,7 @@ impl DilateMerging {
 
     /// `[B, H, W, Ci]` → `[B, H', W', Co]`.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>, training: bool) -> Result<(Tensor<T>, MergingSaved<T>)> {
-        let h = self.conv.forward(p, &x)?;
-        let (mut y, norm) = self.norm.forward(p, &h, training)?;
+        let (mut y, (h, norm)) = conv_norm::forward((&self.conv, p), (&self.norm, p), &x, training, Then::Identity)?;
         if let Some(pos_embed) = &self.pos_embed {
             y = pos_embed.forward(p, &y)?;
         }

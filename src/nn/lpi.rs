@@ -7,6 +7,7 @@
 
 use super::batch_norm::{self, BatchNorm2d, Updates};
 use super::conv::{Conv2d, ConvSettings};
+use super::conv_norm::{self, Then};
 use super::param::{Layout, Names, Params};
 use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::{Error, Result};
@@ -105,21 +106,23 @@ impl LocalPatchInteraction {
 
     /// Tokens `[B, N, C]` of a map of `map` rows and columns, in row-major order.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: &Tensor<T>, map: [usize; 2], training: bool) -> Result<(Tensor<T>, Saved<T>)> {
-        let first = self.convs[0].forward(p, &as_map(x, map)?)?;
+        let shape = x.shape();
+        let x = as_map(x, map)?;
         let (y, saved) = match &self.norms[..] {
+            // No one convolution does what a norm in front of zero padding does: its shift ends at the border.
             [norm] => {
+                let first = self.convs[0].forward(p, &x)?;
                 let (normed, saved) = norm.forward(p, &gelu(&first), training)?;
                 (self.convs[1].forward(p, &normed)?, Saved { maps: vec![first], norms: vec![saved] })
             }
             norms => {
-                let (normed, saved1) = norms[0].forward(p, &first, training)?;
-                let second = self.convs[1].forward(p, &gelu(&normed))?;
-                drop(normed);
-                let (normed, saved2) = norms[1].forward(p, &second, training)?;
-                (gelu(&normed), Saved { maps: vec![first, second], norms: vec![saved1, saved2] })
+                let part = |i: usize, x: &Tensor<T>| conv_norm::forward((&self.convs[i], p), (&norms[i], p), x, training, Then::Gelu);
+                let (middle, (first, saved1)) = part(0, &x)?;
+                let (y, (second, saved2)) = part(1, &middle)?;
+                (y, Saved { maps: vec![first, second], norms: vec![saved1, saved2] })
             }
         };
-        Ok((y.reshape(x.shape())?, saved))
+        Ok((y.reshape(shape)?, saved))
     }
 
     /// `dx`.

@@ -10,6 +10,7 @@ mod cells;
 mod checkpoint;
 pub mod cogview_norm;
 pub mod conv;
+pub mod conv_norm;
 pub mod conv_position;
 pub mod conv_stem;
 pub mod conv_transpose;
