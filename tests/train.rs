@@ -312,8 +312,9 @@ fn divergence_is_an_error() {
 
 #[test]
 fn configurations_survive_json_and_bad_ones_are_named() {
-    let whole =
-        TrainConfig { mask_ratio: Some(0.1 + 0.2), length: Length::Epochs(3), data: "a \"b\"".into(), ..config() }.checked().unwrap();
+    let whole = TrainConfig { mask_ratio: Some(0.1 + 0.2), length: Length::Epochs(3), data: "a \"b\"".into(), drop_path: 0.1, ..config() }
+        .checked()
+        .unwrap();
     assert_eq!(TrainConfig::from_json(&whole.to_json().to_string()).unwrap(), whole);
     let bad = |change: fn(&mut TrainConfig)| {
         let mut config = config();
@@ -326,6 +327,10 @@ fn configurations_survive_json_and_bad_ones_are_named() {
         ("`betas`", bad(|c| c.betas.1 = 1.0)),
         ("`warmup`", bad(|c| c.warmup = 1.0)),
         ("`mask_ratio`", bad(|c| c.mask_ratio = Some(1.5))),
+        ("`jitter`", bad(|c| c.jitter = 1.5)),
+        ("`drop_path`", bad(|c| c.drop_path = 1.0)),
+        ("`milestones`", bad(|c| c.milestones = vec![0.5, 0.5])),
+        ("`milestones`", bad(|c| c.milestones = vec![1.0])),
         ("`steps`", bad(|c| c.length = Length::Steps(0))),
         ("`epochs`", bad(|c| c.length = Length::Epochs(0))),
         ("`seed`", bad(|c| c.seed = u64::MAX)),
@@ -333,6 +338,10 @@ fn configurations_survive_json_and_bad_ones_are_named() {
         assert!(message.contains(key), "{message}");
     }
     let mut json = config().to_json();
+    let older = json.as_object_mut().unwrap();
+    ["jitter", "milestones", "drop_path"].iter().for_each(|key| assert!(older.remove(*key).is_some(), "{key}"));
+    let older = TrainConfig::from_json(&json.to_string()).unwrap();
+    assert_eq!((older.jitter, older.drop_path, older.milestones.len()), (0.0, 0.0, 0));
     json["colour"] = 1.into();
     assert!(TrainConfig::from_json(&json.to_string()).unwrap_err().to_string().contains("`colour`"));
 }

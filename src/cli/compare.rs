@@ -141,13 +141,11 @@ impl Compare {
             let (probe, tuned) = (percent(run.probe), percent(run.tuned));
             let (method, model, steps) = (&run.config.method, &run.config.model, run.losses.len());
             let (seconds, speed, loss) = (run.seconds, run.images_per_second(), run.final_loss());
-            say(
-                out,
-                format!(
-                    "{:<width$}  {method:<10}{model:<20}{steps:>8}{seconds:>10.1}{speed:>10.1}{peak:>9}{loss:>10.4}{probe:>8}{tuned:>12}",
-                    run.name
-                ),
-            )?;
+            let row = format!(
+                "{:<width$}  {method:<10}{model:<20}{steps:>8}{seconds:>10.1}{speed:>10.1}{peak:>9}{loss:>10.4}{probe:>8}{tuned:>12}",
+                run.name
+            );
+            say(out, row.trim_end())?;
         }
         say(out, format!("wrote {}", self.output.display()))?;
         Ok(Outcome::Good)
