@@ -1,10 +1,10 @@
-"""Compares karat's networks with timm's, at their real sizes, in float32.
+"""Compares karat's networks with timm's, or where timm has none with `networks/`, at their real sizes, in float32.
 
 python check_models.py [NAME…] [--karat COMMAND] [--full]
 
-For every name of the table: timm builds the network, all of its parameters and running statistics are perturbed (so that no zero
+For every name of the table: timm (or PyTorch) builds the network, all of its parameters and running statistics are perturbed (so that no zero
 or one hides a mistake), its state_dict is saved as it is, karat loads it by name and answers the same image; the logits
-have to agree. Networks are cut to a few blocks unless `--full` is given: the example program is slow without optimisation.
+have to agree. Networks are cut to a few blocks unless `--full` is given: the example program is slow without optimisation. SPViT is always whole.
 
 COMMAND runs the example `logits`; by default `cargo run --quiet --example logits --`.
 """
@@ -20,6 +20,7 @@ from typing import Any, Callable, NamedTuple
 
 import timm
 import torch
+from networks import NETWORKS
 from safetensors.torch import load_file, save_file
 
 # max |a − r| / max |r| of the logits: both sides compute in float32.
@@ -27,7 +28,7 @@ TOLERANCE = 1e-4
 
 
 class Check(NamedTuple):
-    """One comparison: timm's name (karat's as well, unless given), and what both sides change to be small."""
+    """One comparison: timm's name, or one of `networks/` (karat's as well, unless given), and what both sides change to be small."""
 
     timm: str
     timm_args: dict[str, Any] = {}
@@ -99,6 +100,22 @@ CHECKS = {
         rename=coat_official,
     ),
     "beit": Check("beit_base_patch16_224", {"depth": 2}, {"depth": 2}),
+    "vit": Check("deit_tiny_patch16_224", {"depth": 3}, {"depth": 3}),
+    "deit_distilled": Check("deit_tiny_distilled_patch16_224", {"depth": 3}, {"depth": 3}),
+    "resnet50": Check("resnet50", {"layers": (1, 1, 1, 1)}, {"layers": [1, 1, 1, 1]}),
+    "resnet18": Check("resnet18", {"layers": (1, 1, 1, 1)}, {"layers": [1, 1, 1, 1]}),
+    "dilateformer": Check("dilateformer_tiny", {"depths": (1, 1, 1, 1)}, {"depths": [1, 1, 1, 1]}),
+    "coc": Check("coc_tiny", {"depths": (1, 1, 1, 1)}, {"layers": [1, 1, 1, 1]}),
+    "t2t": Check("t2t_vit_14", {"depths": 2}, {"depth": 2}),
+    "t2t_transformer": Check("t2t_vit_t_14", {"depths": 2}, {"depth": 2}),
+    "xvit": Check("xvit_tiny", {"depths": 2}, {"depth": 2}),
+    "pvt": Check("pvt_tiny", {"depths": (1, 1, 1, 1)}, {"depths": [1, 1, 1, 1]}),
+    "pvt_um": Check("pvt_small_256", {"depths": (1, 1, 1, 1)}, {"depths": [1, 1, 1, 1]}, size=256),
+    "um_swin": Check("um_swin_tiny_256", {"depths": (2, 2, 1, 1)}, {"depths": [2, 2, 1, 1]}, size=256),
+    "hpvit": Check("hpvit_base", {"depths": (1, 1, 1, 1)}, {"depths": [1, 1, 1, 1]}),
+    "vt_resnet": Check("vt_resnet18", {"depths": (1, 1, 1)}, {"layers": [1, 1, 1]}),
+    "gmm_vit": Check("gmm_vit", {"depths": 2}, {"depth": 2}, size=32),
+    "spvit": Check("spvit_deit_b_l008_t60"),
 }
 
 
@@ -115,9 +132,11 @@ def compare(name: str, check: Check, command: list[str], full: bool) -> bool:
     """Runs both sides; prints and returns whether they agree."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    model = timm.create_model(check.timm, **({} if full else check.timm_args)).eval()
+    build = NETWORKS.get(check.timm) or (lambda **args: timm.create_model(check.timm, **args))
+    # The size of the images stays, whatever the depth.
+    model = build(**{key: value for key, value in check.timm_args.items() if not full or key == "img_size"}).eval()
     perturb(model, generator)
-    side = check.size or model.default_cfg["input_size"][-1]
+    side = check.size or (224 if check.timm in NETWORKS else model.default_cfg["input_size"][-1])
     images = torch.randn(1, 3, side, side, generator=generator)
     with torch.no_grad():
         expected = model(images)

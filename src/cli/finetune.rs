@@ -20,12 +20,12 @@ use crate::{Error, Result};
 
 /// Train a classifier, from scratch or from pre-trained parameters
 ///
-/// With no arguments: a small vision transformer on the built-in images. Writes configuration, metrics, curves, the last and the best
+/// With no arguments: a small XCiT on the built-in images. Writes configuration, metrics, curves, the last and the best
 /// parameters and the trainer's state into one folder. A run that was killed goes on with --resume and ends in the same bits.
 #[derive(Args, Default)]
 #[command(after_help = "Example: karat finetune --model vit_micro --from runs/mae-vit_micro --layer-decay 0.75 --epochs 10")]
 pub struct Finetune {
-    /// The network (`karat list models`) [default: that of --from, else vit_micro]
+    /// The network (`karat list models`) [default: that of --from, else xcit_micro]
     #[arg(long, value_name = "NAME")]
     pub(super) model: Option<String>,
     /// A folder of images, IDX or CIFAR files [default: built-in Fashion-MNIST subset]
@@ -34,7 +34,7 @@ pub struct Finetune {
     /// Side of the images in pixels [default: that of --from, else the network's]
     #[arg(long, value_name = "N")]
     pub(super) image_size: Option<usize>,
-    /// Passes over the images [default: 5]
+    /// Passes over the images [default: 12]
     #[arg(long, value_name = "N", conflicts_with = "steps")]
     pub(super) epochs: Option<u64>,
     /// Optimizer steps
@@ -55,6 +55,9 @@ pub struct Finetune {
     /// Leave the classifier of --weights or --from out: other classes
     #[arg(long)]
     pub(super) new_head: bool,
+    /// The smallest share of an image's area that a training crop shows [default: 0.8]
+    #[arg(long, value_name = "S")]
+    pub(super) crop: Option<f64>,
     /// α of mixup [default: 0, none]
     #[arg(long, value_name = "A")]
     pub(super) mixup: Option<f64>,
@@ -116,7 +119,7 @@ pub struct Finetune {
     #[arg(long, value_name = "DIR", conflicts_with_all = [
         "model", "data", "image_size", "epochs", "steps", "batch", "lr", "from", "weights", "new_head", "mixup", "cutmix", "smoothing",
         "randaug", "erasing", "layer_decay", "drop_path", "ema", "recompute", "teacher", "limit", "seed", "save_every", "skip_bad", "config",
-        "out",
+        "out", "crop",
     ])]
     pub(super) resume: Option<PathBuf>,
 }
@@ -179,6 +182,7 @@ impl Finetune {
         c.batch = self.batch.unwrap_or(c.batch);
         c.lr = self.lr.unwrap_or(c.lr);
         c.min_lr = c.min_lr.min(c.lr);
+        c.crop = self.crop.unwrap_or(c.crop);
         c.seed = self.seed.unwrap_or(c.seed);
         c.save_every = self.save_every.unwrap_or(c.save_every);
         c.skip_bad |= self.skip_bad;

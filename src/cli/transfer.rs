@@ -52,6 +52,9 @@ pub struct Transfer {
     /// Probability that the last block's branches are dropped [default: the network's]
     #[arg(long, value_name = "R")]
     drop_path: Option<f64>,
+    /// The smallest share of an image's area that a training crop shows [default: 0.8]
+    #[arg(long, value_name = "S")]
+    crop: Option<f64>,
     /// A folder of labelled images [default: the run's]
     #[arg(long, value_name = "PATH")]
     data: Option<String>,
@@ -94,6 +97,7 @@ impl Transfer {
             lr: Some(self.lr),
             layer_decay: Some(self.layer_decay),
             drop_path: self.drop_path,
+            crop: self.crop,
             limit: Some(self.labels),
             skip_bad: self.skip_bad,
             ..Finetune::default()
@@ -180,7 +184,7 @@ impl Transfer {
         let mut record = json!({
             "run": job.folder.display().to_string(), "network": job.network, "method": job.method, "classifier": job.config.model, "data": train.name(),
             "labels": self.labels, "test_images": test.len(), "batch": job.config.batch, "lr": job.config.lr,
-            "layer_decay": self.layer_decay, "drop_path": self.drop_path, "images_per_seed": job.images / self.seeds as usize,
+            "layer_decay": self.layer_decay, "drop_path": self.drop_path, "crop": job.config.crop, "images_per_seed": job.images / self.seeds as usize,
         });
         if let (Value::Object(record), Value::Object(gain)) = (&mut record, gain.to_json()) {
             record.extend(gain);
