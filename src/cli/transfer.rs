@@ -35,7 +35,7 @@ pub struct Transfer {
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=1000))]
     seeds: u64,
     /// Passes over the labelled images
-    #[arg(long, value_name = "N", default_value_t = 10, conflicts_with = "steps")]
+    #[arg(long, value_name = "N", default_value_t = 15, conflicts_with = "steps")]
     epochs: u64,
     /// Optimizer steps
     #[arg(long, value_name = "N")]
