@@ -118,7 +118,8 @@ fn bad_usage_exits_with_2_and_one_line() {
 fn every_command_has_help_with_an_example() {
     let judging = [&["verify"][..], &["case"], &["case", "new"], &["case", "show"], &["list"], &[]];
     let networks = [&["predict"][..], &["eval"], &["features"], &["finetune"], &["bench", "model"]];
-    let training = [&["pretrain"][..], &["tokenizer", "train"], &["analyze", "interactions"], &["analyze", "fourier"], &["compare"]];
+    let training =
+        [&["pretrain"][..], &["tokenizer", "train"], &["analyze", "interactions"], &["analyze", "fourier"], &["compare"], &["transfer"]];
     for command in judging.into_iter().chain(networks).chain(training) {
         let help = exits(0, &[command, &["--help"]].concat());
         assert!(help.contains("Example") && help.contains("karat "), "{command:?}: {help}");

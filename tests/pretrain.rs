@@ -141,6 +141,8 @@ fn every_method_trains_and_resumes() {
     same(&tokenizer, &stopped, &FILES);
     same(&tokenizer, &stopped, &["codebook.json"]);
 
+    let drops = at("drops.toml");
+    fs::write(&drops, "drop_path = 0.4\njitter = 0.4\nmilestones = [0.5]\n").unwrap();
     for (method, network) in METHODS.iter().flat_map(|m| m.networks.iter().map(move |n| (m, n))).filter(|(_, n)| n.name.ends_with("_micro"))
     {
         let (straight, stopped) =
@@ -150,10 +152,13 @@ fn every_method_trains_and_resumes() {
         if method.tokens {
             command.arg("--tokenizer").arg(&tokenizer);
         }
+        if ["simmim", "a2mim", "beit"].contains(&method.name) {
+            command.arg("--config").arg(&drops);
+        }
         good(command.arg("--out").arg(&straight).output().unwrap());
         let config = run_config(&straight);
         let (tokenizer, normalization) = (config.tokenizer.as_ref().map(Path::new), config.normalization());
-        let objective = methods::build_run(method.name, network.name, 32, None, tokenizer, normalization).unwrap();
+        let objective = methods::build_run(method.name, network.name, 32, None, config.drop_path, tokenizer, normalization).unwrap();
         stop(&*objective, config, &stopped);
         good(karat().args(["pretrain", "--threads", "1", "--resume"]).arg(&stopped).output().unwrap());
         same(&straight, &stopped, &FILES);
@@ -208,27 +213,37 @@ fn recipes_are_read() {
     assert_eq!(methods.len(), METHODS.len(), "{methods:?}");
 }
 
+/// Writes four training and four test images of each of `classes` shades.
+fn shades(data: &Path, classes: u8) {
+    for (split, brighter) in [("train", 0), ("test", 8)] {
+        for class in 0..classes {
+            let of_class = data.join(split).join(class.to_string());
+            fs::create_dir_all(&of_class).unwrap();
+            let grey = 10 + brighter + class * (220 / classes);
+            for i in 0..4u8 {
+                image::GrayImage::from_fn(16, 16, |x, y| image::Luma([grey + (i + 1) * ((x + y) % 3) as u8]))
+                    .save(of_class.join(format!("{i}.png")))
+                    .unwrap();
+            }
+        }
+    }
+}
+
 /// A run's analyses and comparison: charts, numbers, one line per run.
 #[test]
 fn analysed_and_compared() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     let data = at("data");
-    for (split, class, grey) in [("train", "dark", 20), ("train", "light", 220), ("test", "dark", 30), ("test", "light", 200)] {
-        let of_class = data.join(split).join(class);
-        fs::create_dir_all(&of_class).unwrap();
-        for i in 0..4u8 {
-            image::GrayImage::from_fn(16, 16, |x, y| image::Luma([grey + (i + 1) * ((x + y) % 3) as u8]))
-                .save(of_class.join(format!("{i}.png")))
-                .unwrap();
-        }
-    }
+    shades(&data, 2);
     let mut runs = Vec::new();
     for (method, model) in [("greenmim", "swin_nano"), ("a2mim", "resnet_micro")] {
         let run = at(method);
         let mut command = karat();
-        command.args(["pretrain", "--method", method, "--model", model, "--steps", "2", "--batch", "4", "--data"]).arg(&data);
+        command.args(["pretrain", "--method", method, "--model", model, "--steps", "2", "--data"]).arg(&data);
         good(command.arg("--out").arg(&run).output().unwrap());
+        // The default batch is larger than the folder.
+        assert!(fs::read_to_string(run.join("config.toml")).unwrap().contains("batch = 8\n"));
         runs.push(run);
     }
     let json = |path: &Path| -> serde_json::Value { serde_json::from_slice(&fs::read(path).unwrap()).unwrap() };
@@ -255,4 +270,54 @@ fn analysed_and_compared() {
     let error =
         bad(karat().args(["analyze", "interactions", "--grid", "5", "--from"]).arg(&runs[0]).args(["--images", "1"]).output().unwrap());
     assert!(error.contains("`grid`"), "{error}");
+}
+
+/// Fine-tuning against training from scratch: what `karat finetune` finds with the first seed, runs of one network with the same
+/// baseline, figures that follow from the accuracies, and what is no run of pre-training or has no classifier is refused.
+#[test]
+fn transferred() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let data = at("data");
+    shades(&data, 10);
+    let start = |method: &str, model: &str, seed: &str| {
+        let run = at(&format!("{method}{seed}"));
+        let mut command = karat();
+        command.args(["pretrain", "--method", method, "--model", model, "--seed", seed, "--steps", "2", "--batch", "4", "--data"]);
+        good(command.arg(&data).arg("--out").arg(&run).output().unwrap());
+        run
+    };
+    let runs = [start("a2mim", "resnet_micro", "0"), start("a2mim", "resnet_micro", "1")];
+    let settings = ["--steps", "8", "--batch", "5", "--lr", "0.003", "--layer-decay", "0.9"];
+    let table = good(karat().args(["transfer", "--labels", "20", "--seeds", "2"]).args(settings).args(&runs).output().unwrap());
+    let rows: Vec<&str> = table.lines().filter(|line| line.starts_with("resnet_micro")).collect();
+    assert!(rows.len() == 2 && rows.iter().all(|row| row.contains("a2mim") && row.matches('±').count() == 3), "{table}");
+
+    let json = |path: &Path| -> serde_json::Value { serde_json::from_slice(&fs::read(path).unwrap()).unwrap() };
+    let found: Vec<serde_json::Value> = runs.iter().map(|run| json(&run.join("transfer.json"))).collect();
+    assert_eq!(found[0]["scratch"], found[1]["scratch"]);
+    assert_ne!(found[0]["finetuned"]["seeds"], found[0]["scratch"]["seeds"]);
+    let seeds = |part: &str| -> Vec<f64> { found[0][part]["seeds"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect() };
+    let (scratch, tuned, difference) = (seeds("scratch"), seeds("finetuned"), seeds("difference"));
+    assert!(tuned.len() == 2 && (0..2).all(|s| (tuned[s] - scratch[s] - difference[s]).abs() < 1e-12), "{}", found[0]);
+    assert!((found[0]["finetuned"]["mean"].as_f64().unwrap() - (tuned[0] + tuned[1]) / 2.0).abs() < 1e-12);
+
+    let classifier = at("classifier");
+    let mut command = karat();
+    command.args(["finetune", "--limit", "20", "--seed", "0"]).args(settings).arg("--from").arg(&runs[0]);
+    good(command.arg("--out").arg(&classifier).output().unwrap());
+    let metrics = fs::read_to_string(classifier.join("metrics.jsonl")).unwrap();
+    let last: serde_json::Value = serde_json::from_str(metrics.lines().last().unwrap()).unwrap();
+    assert_eq!(last["top1"].as_f64().unwrap(), tuned[0], "{metrics}");
+    let compared = good(karat().args(["compare", "--json"]).arg(&runs[0]).arg("-o").arg(at("compare.svg")).output().unwrap());
+    let compared: serde_json::Value = serde_json::from_str(&compared).unwrap();
+    assert_eq!(compared[0]["finetune_accuracy"], found[0]["finetuned"]["mean"]);
+
+    let refused = |run: &Path, labels: &str| bad(karat().args(["transfer", "--labels", labels]).arg(&runs[0]).arg(run).output().unwrap());
+    assert!(refused(&data, "20").contains("checkpoint.safetensors"));
+    assert!(refused(&classifier, "20").contains("expected one of pre-training"));
+    let error = refused(&start("greenmim", "swin_nano", "0"), "20");
+    assert!(error.contains("swin_nano") && error.contains("classifier"), "{error}");
+    let error = refused(&runs[1], "41");
+    assert!(error.contains("1 to 40"), "{error}");
 }

@@ -14,7 +14,16 @@ use tiny::Tiny;
 
 /// 31 steps of 15 an epoch; saves within epochs.
 fn config() -> TrainConfig {
-    TrainConfig { image_size: 8, length: Length::Steps(31), save_every: 7, seed: 5, lr: 3e-3 / 0.7, ..TrainConfig::default() }
+    TrainConfig {
+        image_size: 8,
+        length: Length::Steps(31),
+        save_every: 7,
+        seed: 5,
+        lr: 3e-3 / 0.7,
+        jitter: 0.2,
+        milestones: vec![0.7, 0.9],
+        ..TrainConfig::default()
+    }
 }
 
 fn tiny() -> Tiny {
@@ -254,11 +263,15 @@ fn checkpoints_are_plain_safetensors() {
 
 #[test]
 fn schedule() {
-    let s = Schedule { peak: 2.0, floor: 0.5, warmup: 4, steps: 12 };
+    let s = Schedule { peak: 2.0, floor: 0.5, warmup: 4, steps: 12, milestones: Vec::new() };
     assert_eq!([0, 1, 2, 3, 4].map(|i| s.rate(i)), [0.5, 1.0, 1.5, 2.0, 2.0]);
     assert!((s.rate(8) - 1.25).abs() < 1e-12, "half way down");
     assert!((s.rate(6) - (0.5 + 0.75 * (1.0 + 0.5f64.sqrt()))).abs() < 1e-12);
     assert_eq!([12, 100].map(|i| s.rate(i)), [0.5, 0.5]);
+    let stepped = Schedule { floor: 0.01, milestones: vec![6, 9, 10], ..s.clone() };
+    for (step, rate) in [(0, 0.5), (3, 2.0), (5, 2.0), (6, 0.2), (8, 0.2), (9, 0.02), (10, 0.01), (11, 0.01), (12, 0.01)] {
+        assert!((stepped.rate(step) - rate).abs() < 1e-12, "step {step}");
+    }
     let none = Schedule { warmup: 0, ..s };
     assert_eq!(none.rate(0), 2.0);
 }
@@ -299,8 +312,9 @@ fn divergence_is_an_error() {
 
 #[test]
 fn configurations_survive_json_and_bad_ones_are_named() {
-    let whole =
-        TrainConfig { mask_ratio: Some(0.1 + 0.2), length: Length::Epochs(3), data: "a \"b\"".into(), ..config() }.checked().unwrap();
+    let whole = TrainConfig { mask_ratio: Some(0.1 + 0.2), length: Length::Epochs(3), data: "a \"b\"".into(), drop_path: 0.1, ..config() }
+        .checked()
+        .unwrap();
     assert_eq!(TrainConfig::from_json(&whole.to_json().to_string()).unwrap(), whole);
     let bad = |change: fn(&mut TrainConfig)| {
         let mut config = config();
@@ -313,6 +327,10 @@ fn configurations_survive_json_and_bad_ones_are_named() {
         ("`betas`", bad(|c| c.betas.1 = 1.0)),
         ("`warmup`", bad(|c| c.warmup = 1.0)),
         ("`mask_ratio`", bad(|c| c.mask_ratio = Some(1.5))),
+        ("`jitter`", bad(|c| c.jitter = 1.5)),
+        ("`drop_path`", bad(|c| c.drop_path = 1.0)),
+        ("`milestones`", bad(|c| c.milestones = vec![0.5, 0.5])),
+        ("`milestones`", bad(|c| c.milestones = vec![1.0])),
         ("`steps`", bad(|c| c.length = Length::Steps(0))),
         ("`epochs`", bad(|c| c.length = Length::Epochs(0))),
         ("`seed`", bad(|c| c.seed = u64::MAX)),
@@ -320,6 +338,10 @@ fn configurations_survive_json_and_bad_ones_are_named() {
         assert!(message.contains(key), "{message}");
     }
     let mut json = config().to_json();
+    let older = json.as_object_mut().unwrap();
+    ["jitter", "milestones", "drop_path"].iter().for_each(|key| assert!(older.remove(*key).is_some(), "{key}"));
+    let older = TrainConfig::from_json(&json.to_string()).unwrap();
+    assert_eq!((older.jitter, older.drop_path, older.milestones.len()), (0.0, 0.0, 0));
     json["colour"] = 1.into();
     assert!(TrainConfig::from_json(&json.to_string()).unwrap_err().to_string().contains("`colour`"));
 }

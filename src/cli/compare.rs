@@ -9,14 +9,14 @@ use serde_json::{Value, json};
 
 use super::{Outcome, say};
 use crate::plot::{Chart, Series, save_line_chart};
-use crate::train::{CHECKPOINT, Checkpoint, METRICS, PROBE, SUMMARY, TrainConfig, saved_config};
+use crate::train::{CHECKPOINT, Checkpoint, METRICS, PROBE, SUMMARY, TRANSFER, TrainConfig, saved_config};
 use crate::{Error, Result};
 
 /// Compare runs: one table, and their loss curves in one chart
 ///
 /// Time and speed come from the runs' metrics, memory is the peak of the buffers for tensors in the run's last part, the loss is the mean
-/// over the last twentieth of the steps, and the accuracy what `karat probe` found, where it was asked. Losses of different methods
-/// measure different things.
+/// over the last twentieth of the steps, and the accuracies what `karat probe` and `karat transfer` (fine-tuned) found, where they were
+/// asked. Losses of different methods measure different things.
 #[derive(Args)]
 #[command(after_help = "Example: karat compare runs/greenmim-swin_micro runs/simmim-swin_micro -o compare.svg")]
 pub struct Compare {
@@ -39,6 +39,7 @@ struct Read {
     seconds: f64,
     peak_bytes: Option<u64>,
     probe: Option<f64>,
+    tuned: Option<f64>,
 }
 
 /// A JSON file, if it is there.
@@ -75,6 +76,7 @@ impl Read {
             seconds,
             peak_bytes: optional(&folder.join(SUMMARY))?["peak_bytes"].as_u64(),
             probe: optional(&folder.join(PROBE))?["accuracy"].as_f64(),
+            tuned: optional(&folder.join(TRANSFER))?["finetuned"]["mean"].as_f64(),
         })
     }
 
@@ -121,6 +123,7 @@ impl Compare {
                     "run": run.name, "method": run.config.method, "model": run.config.model, "steps": run.losses.len(),
                     "batch": run.config.batch, "seconds": run.seconds, "images_per_second": run.images_per_second(),
                     "peak_bytes": run.peak_bytes, "loss": run.final_loss(), "probe_accuracy": run.probe,
+                    "finetune_accuracy": run.tuned,
                 })
             };
             say(out, Value::Array(runs.iter().map(row).collect()))?;
@@ -128,22 +131,21 @@ impl Compare {
         }
         let width = runs.iter().map(|run| run.name.chars().count()).max().unwrap_or(0).max(3);
         let head = format!(
-            "{:<10}{:<20}{:>8}{:>10}{:>10}{:>9}{:>10}{:>8}",
-            "method", "network", "steps", "s", "images/s", "peak MB", "loss", "probe"
+            "{:<10}{:<20}{:>8}{:>10}{:>10}{:>9}{:>10}{:>8}{:>12}",
+            "method", "network", "steps", "s", "images/s", "peak MB", "loss", "probe", "fine-tuned"
         );
         say(out, format!("{:<width$}  {head}", "run"))?;
         for run in &runs {
             let peak = run.peak_bytes.map_or("".into(), |bytes| format!("{:.0}", bytes as f64 / 1e6));
-            let probe = run.probe.map_or("".into(), |share| format!("{:.1} %", 100.0 * share));
+            let percent = |share: Option<f64>| share.map_or("".into(), |share| format!("{:.1} %", 100.0 * share));
+            let (probe, tuned) = (percent(run.probe), percent(run.tuned));
             let (method, model, steps) = (&run.config.method, &run.config.model, run.losses.len());
             let (seconds, speed, loss) = (run.seconds, run.images_per_second(), run.final_loss());
-            say(
-                out,
-                format!(
-                    "{:<width$}  {method:<10}{model:<20}{steps:>8}{seconds:>10.1}{speed:>10.1}{peak:>9}{loss:>10.4}{probe:>8}",
-                    run.name
-                ),
-            )?;
+            let row = format!(
+                "{:<width$}  {method:<10}{model:<20}{steps:>8}{seconds:>10.1}{speed:>10.1}{peak:>9}{loss:>10.4}{probe:>8}{tuned:>12}",
+                run.name
+            );
+            say(out, row.trim_end())?;
         }
         say(out, format!("wrote {}", self.output.display()))?;
         Ok(Outcome::Good)

@@ -8,13 +8,13 @@ use clap::{Args, ValueEnum};
 
 use super::progress::Progress;
 use super::{Outcome, new_run, picture, say, write_config};
-use crate::data::{Dataset, Split, Transform};
+use crate::data::Dataset;
 use crate::model::weights::{self, Loaded};
 use crate::model::zoo::Model;
 use crate::nn::{Checkpoint, Objective, Params};
 use crate::train::{
-    BEST, CHECKPOINT, Classification, Evaluation, Event, FineTune, Length, METRICS, STATE, Teacher, TeacherConfig, TrainConfig, Trainer,
-    finetuning_network, read_accuracies, read_metrics, saved_config, transfer,
+    BEST, CHECKPOINT, Classification, Event, FineTune, Length, METRICS, STATE, Start, Teacher, TeacherConfig, TrainConfig, Trainer,
+    evaluation, finetuning_network, read_accuracies, read_metrics, saved_config,
 };
 use crate::{Error, Result};
 
@@ -22,111 +22,111 @@ use crate::{Error, Result};
 ///
 /// With no arguments: a small XCiT on the built-in images. Writes configuration, metrics, curves, the last and the best
 /// parameters and the trainer's state into one folder. A run that was killed goes on with --resume and ends in the same bits.
-#[derive(Args)]
+#[derive(Args, Default)]
 #[command(after_help = "Example: karat finetune --model vit_micro --from runs/mae-vit_micro --layer-decay 0.75 --epochs 10")]
 pub struct Finetune {
     /// The network (`karat list models`) [default: that of --from, else xcit_micro]
     #[arg(long, value_name = "NAME")]
-    model: Option<String>,
+    pub(super) model: Option<String>,
     /// A folder of images, IDX or CIFAR files [default: built-in Fashion-MNIST subset]
     #[arg(long, value_name = "PATH")]
-    data: Option<String>,
+    pub(super) data: Option<String>,
     /// Side of the images in pixels [default: that of --from, else the network's]
     #[arg(long, value_name = "N")]
-    image_size: Option<usize>,
+    pub(super) image_size: Option<usize>,
     /// Passes over the images [default: 12]
     #[arg(long, value_name = "N", conflicts_with = "steps")]
-    epochs: Option<u64>,
+    pub(super) epochs: Option<u64>,
     /// Optimizer steps
     #[arg(long, value_name = "N")]
-    steps: Option<u64>,
-    /// Images per step [default: 64]
+    pub(super) steps: Option<u64>,
+    /// Images per step [default: 64, or all if there are fewer]
     #[arg(long, value_name = "B")]
-    batch: Option<usize>,
+    pub(super) batch: Option<usize>,
     /// The largest learning rate [default: 0.001]
     #[arg(long, value_name = "X")]
-    lr: Option<f64>,
+    pub(super) lr: Option<f64>,
     /// Start from the run in this folder, of pre-training or of finetune
     #[arg(long, value_name = "RUN")]
-    from: Option<PathBuf>,
+    pub(super) from: Option<PathBuf>,
     /// Start from published weights (safetensors)
     #[arg(long, value_name = "FILE", conflicts_with = "from")]
-    weights: Option<PathBuf>,
+    pub(super) weights: Option<PathBuf>,
     /// Leave the classifier of --weights or --from out: other classes
     #[arg(long)]
-    new_head: bool,
+    pub(super) new_head: bool,
     /// The smallest share of an image's area that a training crop shows [default: 0.8]
     #[arg(long, value_name = "S")]
-    crop: Option<f64>,
+    pub(super) crop: Option<f64>,
     /// α of mixup [default: 0, none]
     #[arg(long, value_name = "A")]
-    mixup: Option<f64>,
+    pub(super) mixup: Option<f64>,
     /// α of cutmix [default: 0, none]
     #[arg(long, value_name = "A")]
-    cutmix: Option<f64>,
+    pub(super) cutmix: Option<f64>,
     /// Label smoothing [default: 0.1]
     #[arg(long, value_name = "E")]
-    smoothing: Option<f64>,
+    pub(super) smoothing: Option<f64>,
     /// Random augmentation: operations per image and their magnitude (0 to 10) [default: none]
     #[arg(long, value_name = "N,M", value_parser = randaug)]
-    randaug: Option<(usize, f64)>,
+    pub(super) randaug: Option<(usize, f64)>,
     /// Probability of random erasing [default: 0]
     #[arg(long, value_name = "P")]
-    erasing: Option<f64>,
+    pub(super) erasing: Option<f64>,
     /// Learning rate of a layer over that of the next [default: 1]
     #[arg(long, value_name = "D")]
-    layer_decay: Option<f64>,
+    pub(super) layer_decay: Option<f64>,
     /// Probability that the last block's branches are dropped [default: the network's]
     #[arg(long, value_name = "R")]
-    drop_path: Option<f64>,
+    pub(super) drop_path: Option<f64>,
     /// Decay of a moving average of the parameters, which is evaluated and saved [default: 0, none]
     #[arg(long, value_name = "D")]
-    ema: Option<f64>,
+    pub(super) ema: Option<f64>,
     /// Run blocks twice to save memory
     #[arg(long)]
-    recompute: bool,
+    pub(super) recompute: bool,
     /// A network that teaches one with two heads
     #[arg(long, value_name = "NAME", requires = "teacher_weights")]
-    teacher: Option<String>,
+    pub(super) teacher: Option<String>,
     /// The teacher's weights (safetensors), or the folder of its run
     #[arg(long, value_name = "FILE", requires = "teacher")]
-    teacher_weights: Option<String>,
+    pub(super) teacher_weights: Option<String>,
     /// Learn the teacher's answer, or its probabilities [default: hard]
     #[arg(long, value_enum, requires = "teacher")]
-    distill: Option<Distill>,
+    pub(super) distill: Option<Distill>,
     /// Temperature of soft distillation [default: 3]
     #[arg(long, value_name = "T", requires = "distill")]
-    tau: Option<f64>,
+    pub(super) tau: Option<f64>,
     /// Train on the first images of each class only, N in all
     #[arg(long, value_name = "N")]
-    limit: Option<usize>,
+    pub(super) limit: Option<usize>,
     /// Seed of everything random [default: 0]
     #[arg(long, value_name = "S")]
-    seed: Option<u64>,
+    pub(super) seed: Option<u64>,
     /// Steps between two saves [default: one epoch]
     #[arg(long, value_name = "N")]
-    save_every: Option<u64>,
+    pub(super) save_every: Option<u64>,
     /// Leave out images that cannot be read, instead of failing
     #[arg(long)]
-    skip_bad: bool,
+    pub(super) skip_bad: bool,
     /// A configuration such as a run's config.toml; options override it
     #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
+    pub(super) config: Option<PathBuf>,
     /// The folder to write [default: runs/finetune-MODEL]
     #[arg(long, value_name = "DIR")]
-    out: Option<PathBuf>,
+    pub(super) out: Option<PathBuf>,
     /// Go on with the run in this folder, with its configuration
     #[arg(long, value_name = "DIR", conflicts_with_all = [
         "model", "data", "image_size", "epochs", "steps", "batch", "lr", "from", "weights", "new_head", "mixup", "cutmix", "smoothing",
         "randaug", "erasing", "layer_decay", "drop_path", "ema", "recompute", "teacher", "limit", "seed", "save_every", "skip_bad", "config",
         "out", "crop",
     ])]
-    resume: Option<PathBuf>,
+    pub(super) resume: Option<PathBuf>,
 }
 
 /// What a student learns from its teacher.
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
-enum Distill {
+pub(super) enum Distill {
     Hard,
     Soft,
 }
@@ -136,21 +136,12 @@ fn randaug(text: &str) -> std::result::Result<(usize, f64), String> {
     parts.ok_or_else(|| "expected N,M: operations per image and their magnitude, such as 2,9".into())
 }
 
-/// Where a new run's parameters come from.
-enum Source {
-    Nothing,
-    /// A checkpoint of pre-training.
-    Pretrained(Checkpoint),
-    /// A classifier.
-    Classifier(Checkpoint),
-}
-
 impl Finetune {
     /// The configuration but for what depends on the data, and where the parameters come from.
-    fn config(&self) -> Result<(TrainConfig, Source)> {
+    pub(super) fn config(&self) -> Result<(TrainConfig, Start)> {
         let mut defaults = TrainConfig::classification();
         let mut settings = FineTune::default();
-        let mut source = Source::Nothing;
+        let mut start = Start::Scratch;
         let mut published_size = None;
         if let Some(run) = &self.from {
             let file = Checkpoint::open(run.join(CHECKPOINT))?;
@@ -158,18 +149,18 @@ impl Finetune {
             defaults.data.clone_from(&old.data);
             published_size = Some(old.image_size);
             settings.normalization = old.normalization();
-            source = match old.finetune {
+            start = match old.finetune {
                 Some(finetune) => {
                     (defaults.model, settings.network) = (old.model, finetune.network);
-                    Source::Classifier(file)
+                    Start::Classifier { file, new_head: self.new_head }
                 }
                 None => {
                     (defaults.model, settings.network) = finetuning_network(&old.method, &old.model);
-                    Source::Pretrained(file)
+                    Start::Pretrained(file)
                 }
             };
         } else if let Some(path) = &self.weights {
-            source = Source::Classifier(Checkpoint::open(path)?);
+            start = Start::Classifier { file: Checkpoint::open(path)?, new_head: self.new_head };
         } else if self.new_head {
             return Err(Error::usage("--new-head needs --weights or --from: a run from scratch has a new classifier anyway"));
         }
@@ -226,7 +217,7 @@ impl Finetune {
             f.teacher = Some(TeacherConfig { model: model.clone(), weights: weights.clone(), tau });
         }
         c.finetune = Some(f);
-        Ok((c, source))
+        Ok((c, start))
     }
 
     /// Runs the command; what it has to say goes to `out`, progress to standard error.
@@ -234,25 +225,21 @@ impl Finetune {
     /// # Errors
     /// Bad options, unreadable data or weights, a folder that already holds a run, a damaged state.
     pub(super) fn run(self, out: &mut dyn Write) -> Result<Outcome> {
-        let (mut config, source, folder, state) = match &self.resume {
+        let (mut config, start, folder, state) = match &self.resume {
             Some(folder) => {
                 let state = Checkpoint::open(folder.join(STATE))?;
-                (saved_config(&state)?, Source::Nothing, folder.clone(), Some(state))
+                (saved_config(&state)?, Start::Scratch, folder.clone(), Some(state))
             }
             None => {
-                let (config, source) = self.config()?;
+                let (config, start) = self.config()?;
                 let folder = self.out.clone().unwrap_or_else(|| Path::new("runs").join(format!("finetune-{}", config.model)));
                 new_run(&folder)?;
-                (config, source, folder, None)
+                (config, start, folder, None)
             }
         };
-        let (train, skipped) = config.open_data(Split::Train)?;
-        let (test, skipped_test) = config.open_data(Split::Test)?;
-        for (_, error) in skipped.files.iter().chain(&skipped_test.files) {
+        let ([train, test], skipped) = config.open_both()?;
+        for (_, error) in skipped.iter().flat_map(|skipped| &skipped.files) {
             eprintln!("karat: left out: {error}");
-        }
-        if train.class_names() != test.class_names() {
-            return Err(Error::value("data", "training and test images have different classes"));
         }
         let Some(settings) = &mut config.finetune else {
             return Err(Error::usage(format!("{} is a run of pre-training: karat pretrain --resume goes on with it", folder.display())));
@@ -265,6 +252,9 @@ impl Finetune {
             _ => {}
         }
         let train = if settings.limit > 0 { train.balanced(settings.limit)? } else { train };
+        if state.is_none() && self.batch.is_none() && self.config.is_none() {
+            config.batch = config.batch.min(train.len().max(1));
+        }
         let config = config.checked()?;
         let settings = config.finetune.clone().unwrap_or_default();
         let model = settings.model(&config.model, config.image_size)?;
@@ -272,26 +262,17 @@ impl Finetune {
         if let Some(teacher) = &settings.teacher {
             classification = classification.taught_by(self::teacher(teacher, &config, &settings)?)?;
         }
-        let size = config.image_size;
-        let resize = ((size as f64 / model.variant.eval.crop).floor() as usize).max(size);
-        let evaluation = Evaluation::new(&classification, &test, Transform::evaluation(size, 3, resize, config.normalization())?)?;
+        let evaluation = evaluation(&classification, &model, &test, &config)?;
         let mut trainer = match &state {
             Some(state) => Trainer::resume(&classification, &train, state)?,
             None => Trainer::new(&classification, &train, config)?,
         };
-        let mut params = trainer.params().clone();
-        let loaded = match &source {
-            Source::Nothing => None,
-            Source::Pretrained(file) => Some((file, transfer(file, &model, &mut params)?)),
-            Source::Classifier(file) => Some((file, weights::load(file, &model, &mut params, self.new_head)?)),
-        };
-        if let Some((_, loaded)) = &loaded {
-            report(out, loaded, classification.layout().params().len() + classification.layout().buffers().len())?;
-            trainer.start_from(params)?;
+        if let Some(loaded) = start.load(&model, &mut trainer)? {
+            report(out, &loaded, classification.layout().params().len() + classification.layout().buffers().len())?;
         }
         trainer.evaluate_with(evaluation);
         // Everything is in memory now; the state's file is about to be replaced.
-        drop((state, source));
+        drop((state, start));
         learn(&mut trainer, &classification, [&train, &test], &folder, out)?;
         Ok(Outcome::Good)
     }

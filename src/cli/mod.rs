@@ -19,6 +19,7 @@ mod probe;
 mod progress;
 mod reconstruct;
 mod tokenizer;
+mod transfer;
 mod verify;
 
 use std::io::{self, Write};
@@ -69,6 +70,7 @@ enum Command {
     #[command(subcommand)]
     Analyze(analyze::Analyze),
     Compare(compare::Compare),
+    Transfer(transfer::Transfer),
     Group(group::Group),
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -134,6 +136,7 @@ impl Command {
             Command::Tokenizer(command) => command.run(out),
             Command::Analyze(command) => command.run(out),
             Command::Compare(command) => command.run(out),
+            Command::Transfer(command) => command.run(out),
             Command::Group(command) => command.run(out),
             Command::Bench(command) => command.run(out, threads),
         }
@@ -174,5 +177,6 @@ fn say(out: &mut dyn Write, line: impl std::fmt::Display) -> Result<()> {
 /// The objective of a pre-training run.
 fn objective(config: &TrainConfig) -> Result<Box<dyn MaskedModel>> {
     let tokenizer = config.tokenizer.as_ref().map(Path::new);
-    methods::build_run(&config.method, &config.model, config.image_size, config.mask_ratio, tokenizer, config.normalization())
+    let TrainConfig { method, model, image_size, mask_ratio, drop_path, .. } = config;
+    methods::build_run(method, model, *image_size, *mask_ratio, *drop_path, tokenizer, config.normalization())
 }

@@ -48,7 +48,7 @@ pub struct Pretrain {
     /// Optimizer steps
     #[arg(long, value_name = "N")]
     steps: Option<u64>,
-    /// Images per step [default: 64]
+    /// Images per step [default: 64, or all if there are fewer]
     #[arg(long, value_name = "B")]
     batch: Option<usize>,
     /// Fraction of the patches that is hidden [default: the method's]
@@ -131,7 +131,7 @@ impl Pretrain {
     /// # Errors
     /// Bad options, unreadable data, a folder that already holds a run, a damaged state.
     pub(super) fn run(self, out: &mut dyn Write) -> Result<Outcome> {
-        let (config, folder, state) = match &self.resume {
+        let (mut config, folder, state) = match &self.resume {
             Some(folder) => {
                 let state = Checkpoint::open(folder.join(STATE))?;
                 (saved_config(&state)?, folder.clone(), Some(state))
@@ -147,6 +147,10 @@ impl Pretrain {
         let (data, skipped) = config.open_data(Split::Train)?;
         for (_, error) in &skipped.files {
             eprintln!("karat: left out: {error}");
+        }
+        // A few photos are a smaller batch than the default one.
+        if state.is_none() && self.batch.is_none() && self.config.is_none() {
+            config.batch = config.batch.min(data.len().max(1));
         }
         let mut trainer = match &state {
             Some(state) => Trainer::resume(&*objective, &data, state)?,

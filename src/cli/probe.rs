@@ -7,11 +7,11 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::{Outcome, objective, say};
-use crate::data::{Dataset, Split};
+use crate::Result;
+use crate::data::Dataset;
 use crate::fs::write_atomic;
 use crate::nn::Params;
 use crate::train::{CHECKPOINT, Checkpoint, PROBE, TrainConfig, extract, pixels, probe, saved_config};
-use crate::{Error, Result};
 
 /// Measure pre-trained features by a linear classifier
 ///
@@ -48,10 +48,7 @@ impl Probe {
         let transform = config.test_transform(objective.image_shape())?;
         let source =
             TrainConfig { data: self.data.unwrap_or_else(|| config.data.clone()), skip_bad: config.skip_bad || self.skip_bad, ..config };
-        let (train, test) = (source.open_data(Split::Train)?.0, source.open_data(Split::Test)?.0);
-        if train.class_names() != test.class_names() {
-            return Err(Error::value("data", "training and test images have different classes"));
-        }
+        let ([train, test], _) = source.open_both()?;
         say(
             out,
             format!(

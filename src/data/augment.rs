@@ -1,5 +1,7 @@
-//! Random augmentation after crop and flip: [`RandAugment`] on 8-bit pixels and [`RandomErasing`] on the network's input.
+//! Random augmentation: [`ColorJitter`] of the whole image, [`RandAugment`] on 8-bit pixels after crop and flip, [`RandomErasing`] on the
+//! network's input.
 
+use super::Image;
 use super::pillow::{Bitmap, Op};
 use crate::tensor::random::Rng;
 use crate::{Error, Result};
@@ -81,6 +83,39 @@ impl RandAugment {
             Op::Posterize => 8.0 - (4.0 * m).round(),
             Op::Solarize => (256.0 * (1.0 - m)).round(),
         }
+    }
+}
+
+/// Jitter of colours before the crop, as torchvision's `ColorJitter` without hue: brightness, contrast and saturation in drawn order, each
+/// by a factor uniform in 1 ± `strength`. The arithmetic is Pillow's.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ColorJitter {
+    strength: f64,
+}
+
+impl ColorJitter {
+    /// Factors of 1 ± `strength`.
+    ///
+    /// # Errors
+    /// Unless it is 0 to 1.
+    pub fn new(strength: f64) -> Result<Self> {
+        if !(0.0..=1.0).contains(&strength) {
+            return Err(Error::config("jitter", format!("{strength}, expected 0 to 1")));
+        }
+        Ok(ColorJitter { strength })
+    }
+
+    pub(super) fn apply(&self, image: &Image, rng: &mut Rng) -> Image<'static> {
+        let Image { height, width, channels, .. } = *image;
+        let mut bitmap = Bitmap { height, width, channels, pixels: image.pixels.to_vec() };
+        let mut ops = [Op::Brightness, Op::Contrast, Op::Color];
+        for i in (1..ops.len()).rev() {
+            ops.swap(i, rng.below(i + 1));
+        }
+        for op in ops {
+            bitmap.apply(op, rng.range(1.0 - self.strength, 1.0 + self.strength), [0; 3]);
+        }
+        Image { height, width, channels, pixels: bitmap.pixels.into() }
     }
 }
 

@@ -187,6 +187,14 @@ impl Dataset {
     /// # Errors
     /// Unless `limit` is 1 to the number of images.
     pub fn balanced(&self, limit: usize) -> Result<Dataset> {
+        self.drawn(limit, 0)
+    }
+
+    /// Like [`balanced`](Self::balanced), but each class leaves its first `draw` such shares out; after its last image comes its first.
+    ///
+    /// # Errors
+    /// As [`balanced`](Self::balanced).
+    pub fn drawn(&self, limit: usize, draw: u64) -> Result<Dataset> {
         if limit == 0 || limit > self.len() {
             return Err(Error::config("limit", format!("{limit}, expected 1 to {}, the images of `{}`", self.len(), self.name)));
         }
@@ -201,12 +209,15 @@ impl Dataset {
                 }
             }
         }
+        let mut seen = vec![0; available.len()];
         let chosen: Vec<usize> = (0..self.len())
             .filter(|&i| {
-                let quota = &mut quota[self.label(i)];
-                let take = *quota > 0;
-                *quota = quota.saturating_sub(1);
-                take
+                let class = self.label(i);
+                let (rank, all, quota) = (seen[class], available[class], quota[class]);
+                seen[class] += 1;
+                // draw · quota modulo all, where the product may be large.
+                let start = (u128::from(draw) * quota as u128 % all as u128) as usize;
+                (rank + all - start) % all < quota
             })
             .collect();
         let store = match &self.store {
@@ -304,6 +315,16 @@ mod tests {
             assert_eq!(data.image(a).unwrap(), some.image(b).unwrap());
         }
         assert_eq!(data.balanced(1000).unwrap().labels, data.labels);
+        // Draws of 40 of each 100: from 0, from 40, and from 80, which goes on with the first 20.
+        let fours = |data: &Dataset| (0..data.len()).filter(|&i| data.label(i) == 4).collect::<Vec<_>>();
+        let all = fours(&data);
+        for (draw, ranks) in [(0, (0..40).collect::<Vec<_>>()), (1, (40..80).collect()), (2, (0..20).chain(80..100).collect())] {
+            let part = data.drawn(400, draw).unwrap();
+            assert_eq!(part.len(), 400);
+            for (rank, i) in ranks.into_iter().zip(fours(&part)) {
+                assert_eq!(part.image(i).unwrap(), data.image(all[rank]).unwrap(), "draw {draw}");
+            }
+        }
         assert!(data.balanced(1001).unwrap_err().to_string().contains("1 to 1000") && data.balanced(0).is_err());
     }
 

@@ -10,7 +10,7 @@
 use std::cell::RefCell;
 
 use super::Image;
-use super::augment::{RandAugment, RandomErasing};
+use super::augment::{ColorJitter, RandAugment, RandomErasing};
 use super::pillow::Bitmap;
 use super::resample::{Scratch, View, resize};
 use crate::tensor::random::Rng;
@@ -83,6 +83,7 @@ pub struct Transform {
     table: [[f32; 256]; 3],
     /// The mean colour: what augmentation puts where an image has no pixels.
     fill: [u8; 3],
+    jitter: Option<ColorJitter>,
     augment: Option<RandAugment>,
     erasing: Option<RandomErasing>,
 }
@@ -129,7 +130,7 @@ impl Transform {
         }
         let table = std::array::from_fn(|c| std::array::from_fn(|v| (v as f32 / 255.0 - mean[c]) / std[c]));
         let fill = mean.map(|m| (255.0 * m).round() as u8);
-        Ok(Transform { size, channels, rule, table, fill, augment: None, erasing: None })
+        Ok(Transform { size, channels, rule, table, fill, jitter: None, augment: None, erasing: None })
     }
 
     /// Random resized crop with `scale`, ratio 3/4 to 4/3, flip with probability 1/2.
@@ -152,6 +153,12 @@ impl Transform {
     #[must_use]
     pub fn augmented(self, augment: Option<RandAugment>, erasing: Option<RandomErasing>) -> Self {
         Transform { augment, erasing, ..self }
+    }
+
+    /// The same with jitter of the image's colours before the crop is cut out.
+    #[must_use]
+    pub fn jittered(self, jitter: Option<ColorJitter>) -> Self {
+        Transform { jitter, ..self }
     }
 
     /// Side of the result in pixels.
@@ -216,6 +223,8 @@ impl Transform {
     pub fn apply(&self, image: &Image, rng: &mut Rng, out: &mut [f32]) -> Result<()> {
         check_image(image)?;
         let crop = self.draw(image.height, image.width, rng);
+        let jittered = self.jitter.map(|jitter| jitter.apply(image, rng));
+        let image = jittered.as_ref().unwrap_or(image);
         match self.augment {
             None => self.apply_crop(image, crop, out)?,
             Some(augment) => self.with_pixels(image, crop, out, |view, out| {
@@ -477,6 +486,41 @@ mod tests {
             let erased = plain.clone().augmented(None, Some(RandomErasing::new(0.5).unwrap()));
             assert!((20..40).contains(&equal(&erased)), "{}", equal(&erased));
         }
+    }
+
+    /// Two views of one stream show the same part in the same colours; grey pictures stay grey, and jitter changes what is seen.
+    #[test]
+    fn jittered_views() {
+        let view = |size, strength| {
+            let transform = Transform::training(size, 3, (0.3, 1.0), Normalization::NONE).unwrap();
+            transform.jittered(Some(ColorJitter::new(strength).unwrap()))
+        };
+        let flat = |rgb: [u8; 3]| Image { height: 21, width: 30, channels: 3, pixels: rgb.repeat(21 * 30).into() };
+        let run = |transform: &Transform, image: &Image, i| {
+            let mut out = vec![f32::NAN; transform.len()];
+            transform.apply(image, &mut rng(i), &mut out).unwrap();
+            out
+        };
+        let plain = Transform::training(7, 3, (0.3, 1.0), Normalization::NONE).unwrap();
+        let (small, large) = (view(7, 0.4), view(12, 0.4));
+        let (orange, noisy) = (flat([200, 120, 40]), noise(21, 30, 3));
+        let mut reds = Vec::new();
+        for i in 0..200 {
+            let (a, b) = (run(&small, &orange, i), run(&large, &orange, i));
+            for c in 0..3 {
+                // One colour stays one colour, in both views.
+                let colour = a[c * 49];
+                assert!(a[c * 49..(c + 1) * 49].iter().chain(&b[c * 144..(c + 1) * 144]).all(|v| *v == colour), "{a:?}");
+            }
+            reds.push(a[0]);
+            let grey = run(&small, &flat([90; 3]), i);
+            assert!(grey[..49] == grey[49..98] && grey[..49] == grey[98..]);
+            assert_eq!(run(&view(7, 0.0), &noisy, i), run(&plain, &noisy, i));
+            assert_ne!(run(&small, &noisy, i), run(&plain, &noisy, i));
+        }
+        let (low, high) = reds.iter().fold((1f32, 0f32), |(low, high), red| (low.min(*red), high.max(*red)));
+        assert!(low < 0.55 && high > 0.97 && low > 0.3, "{low} {high}");
+        assert!(ColorJitter::new(1.5).is_err() && ColorJitter::new(f64::NAN).is_err());
     }
 
     #[test]

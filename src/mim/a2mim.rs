@@ -24,6 +24,7 @@ use crate::model::beit_block::{self, Block, a2mim_settings};
 use crate::model::resnet::{self, Trunk};
 use crate::model::swin_ops::mean_tokens;
 use crate::nn::batch_norm::Updates;
+use crate::nn::drop_path::DropPath;
 use crate::nn::{Batch, Entry, Loss, Objective, StepKey};
 use crate::nn::{Conv2d, ConvSettings, Init, LayerNorm, Layout, Names, Param, Params, PatchEmbed, Stats, patch_embed};
 use crate::tensor::random::Rng;
@@ -87,8 +88,12 @@ impl Vit {
         let class = names.param("cls_token", [1, 1, dim], Init::NORMAL_02);
         let positions = names.param("pos_embed", [1, 1 + grid[0] * grid[1], dim], Init::NORMAL_02);
         let settings = a2mim_settings(config, dim, grid)?;
-        let blocks =
-            (0..config.usize("depth")?).map(|i| Block::new(&mut names.at(format!("layers.{i}")), settings)).collect::<Result<Vec<_>>>()?;
+        let depth = config.usize("depth")?;
+        let block = |i| {
+            let drop_path = DropPath::linear(settings.drop_path, i, depth);
+            Block::new(&mut names.at(format!("layers.{i}")), beit_block::Settings { drop_path, ..settings })
+        };
+        let blocks = (0..depth).map(block).collect::<Result<Vec<_>>>()?;
         let norm = config.bool_or("final_norm", true)?.then(|| LayerNorm::new(names.at("ln1"), dim, 1e-6));
         Ok(Vit { embed, class, positions, blocks, norm })
     }

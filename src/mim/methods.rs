@@ -29,6 +29,8 @@ pub struct Method {
     at_size: fn(&mut Config, usize) -> Result<()>,
     /// Predicts the codes of an image tokenizer.
     pub tokens: bool,
+    /// Its encoders can drop paths.
+    drops: bool,
     build: fn(&Config, Setting) -> Result<Box<dyn MaskedModel>>,
 }
 
@@ -110,6 +112,7 @@ const GREENMIM: Method = Method {
         Ok(())
     },
     tokens: false,
+    drops: false,
     build: |config, _| Ok(Box::new(GreenMim::new(config)?)),
     networks: &[
         network("swin_nano", 32, &[SWIN_NANO, DECODER_64]),
@@ -129,6 +132,7 @@ const MAE: Method = Method {
     common: r#"{"in_chans": 3, "mlp_ratio": 4, "norm_eps": 1e-6, "mask_ratio": 0.75, "norm_pix_loss": true}"#,
     at_size: |_, _| Ok(()),
     tokens: false,
+    drops: false,
     build: |config, _| Ok(Box::new(Mae::new(config)?)),
     networks: &[
         network("vit_micro", 32, &[VIT_MICRO, DECODER_96_2]),
@@ -154,6 +158,7 @@ const SIMMIM: Method = Method {
         Ok(())
     },
     tokens: false,
+    drops: true,
     build: |config, _| Ok(Box::new(SimMim::new(config)?)),
     networks: &[
         network("swin_nano", 32, &[SWIN_NANO]),
@@ -174,6 +179,7 @@ const UM_MAE: Method = Method {
     common: r#"{"in_chans": 3, "mlp_ratio": 4, "vis_mask_ratio": 0.25, "norm_pix_loss": true, "vis_pos_order": "block"}"#,
     at_size: |_, _| Ok(()),
     tokens: false,
+    drops: false,
     build: |config, _| Ok(Box::new(UmMae::new(config)?)),
     networks: &[
         network("um_swin_micro", 32, &[SWIN_MICRO, UM_SWIN_MICRO, DECODER_96_2]),
@@ -205,6 +211,7 @@ const A2MIM: Method = Method {
         Ok(())
     },
     tokens: false,
+    drops: true,
     build: |config, _| Ok(Box::new(A2mim::new(config)?)),
     networks: &[
         network("vit_micro", 32, &[VIT_MICRO]),
@@ -238,6 +245,7 @@ const BEIT: Method = Method {
         Ok(())
     },
     tokens: true,
+    drops: true,
     build: |config, setting| Ok(Box::new(BeitPretraining::new(config, setting.tokenizer, setting.normalization)?)),
     networks: &[network("beit_micro", 32, &[VIT_MICRO]), network("beit_base", 224, &[VIT_BASE]), network("beit_large", 224, &[VIT_LARGE])],
 };
@@ -323,7 +331,8 @@ pub fn build(method: &str, model: &str, image_size: usize, mask_ratio: Option<f6
     (method.build)(&method.config(method.network(model)?, image_size, mask_ratio)?, setting)
 }
 
-/// [`build`], for a run: with the tokenizer in a folder, for a method that predicts tokens, on images normalised by `normalization`.
+/// [`build`], for a run: with the probability that the last block's branches are dropped, with the tokenizer in a folder, for a method that
+/// predicts tokens, on images normalised by `normalization`.
 ///
 /// # Errors
 /// As [`build`]; if a tokenizer is missing, cannot be read, or is of no use to the method.
@@ -332,11 +341,18 @@ pub fn build_run(
     model: &str,
     image_size: usize,
     mask_ratio: Option<f64>,
+    drop_path: f64,
     tokenizer: Option<&Path>,
     normalization: Normalization,
 ) -> Result<Box<dyn MaskedModel>> {
     let method = find(method)?;
-    let config = method.config(method.network(model)?, image_size, mask_ratio)?;
+    let mut config = method.config(method.network(model)?, image_size, mask_ratio)?;
+    if drop_path > 0.0 {
+        if !method.drops {
+            return Err(Error::config("drop_path", format!("{} trains without drop path; leave it out", method.name)));
+        }
+        config.set("drop_path_rate", drop_path);
+    }
     let tokenizer = match tokenizer {
         Some(folder) if method.tokens => Some(ImageTokenizer::open(folder)?),
         Some(_) => return Err(Error::config("tokenizer", format!("{} predicts no tokens; leave it out", method.name))),
@@ -401,7 +417,12 @@ mod tests {
         assert!(error("mea", "swin_micro", 32, None).contains("um-mae"));
         assert!(error("um-mae", "pvt_micro", 32, Some(0.5)).contains("mask_ratio"));
         assert!(error("greenmim", "swin_micro", 30, None).contains("image_size"));
-        let run = |method, model, tokenizer| build_run(method, model, 32, None, tokenizer, Normalization::IMAGENET);
+        let run = |method, model, tokenizer| build_run(method, model, 32, None, 0.0, tokenizer, Normalization::IMAGENET);
+        let drops = |method, model| build_run(method, model, 32, None, 0.1, None, Normalization::IMAGENET).map(|_| ());
+        assert!(drops("mae", "vit_micro").unwrap_err().to_string().contains("drop_path"));
+        for (method, model) in [("simmim", "swin_micro"), ("simmim", "vit_micro"), ("a2mim", "vit_micro"), ("a2mim", "resnet_micro")] {
+            drops(method, model).unwrap();
+        }
         assert!(run("beit", "beit_micro", None).err().unwrap().to_string().contains("karat tokenizer train"));
         assert!(run("mae", "vit_micro", Some(Path::new("x"))).err().unwrap().to_string().contains("no tokens"));
         assert!(run("beit", "beit_micro", Some(Path::new("nowhere"))).err().unwrap().to_string().contains("nowhere"));

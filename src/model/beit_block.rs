@@ -197,7 +197,7 @@ pub fn a2mim_settings(config: &Config, dim: usize, window: [usize; 2]) -> Result
         hidden: config.positive("mlp_hidden")?,
         eps: config.f64_or("ln_eps", 1e-6)?,
         layer_scale: config.bool_or("layer_scale", true)?.then_some(0.1),
-        drop_path: 0.0,
+        drop_path: config.f64_or("drop_path_rate", 0.0)?,
         names: A2MIM_NAMES,
     })
 }

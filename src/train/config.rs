@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::finetune::{CLASSIFICATION, FineTune};
 use super::schedule::Schedule;
 use crate::case::Config;
+use crate::data::augment::ColorJitter;
 use crate::data::transform::Normalization;
 use crate::data::{Dataset, OpenOptions, Skipped, Split, Transform};
 use crate::{Error, Result};
@@ -56,6 +57,12 @@ pub struct TrainConfig {
     pub clip: f64,
     /// The smallest fraction of an image's area that a training crop shows.
     pub crop: f64,
+    /// Brightness, contrast and saturation change by factors of up to 1 ± this in training; 0 for no change.
+    pub jitter: f64,
+    /// Fractions of all steps at which the learning rate falls to a tenth, ascending; none for a cosine.
+    pub milestones: Vec<f64>,
+    /// Probability that the branches of the last block are dropped in pre-training (fine-tuning has its own: [`FineTune::drop_path`]).
+    pub drop_path: f64,
     /// Seed of initialisation, order, augmentation and masks.
     pub seed: u64,
     /// Steps between two saves; 0 for one save per epoch.
@@ -84,6 +91,9 @@ impl Default for TrainConfig {
             warmup: 0.1,
             clip: 5.0,
             crop: 0.5,
+            jitter: 0.0,
+            milestones: Vec::new(),
+            drop_path: 0.0,
             seed: 0,
             save_every: 0,
             finetune: None,
@@ -117,11 +127,14 @@ impl TrainConfig {
             "method": self.method, "model": self.model, "image_size": self.image_size, "data": self.data, "skip_bad": self.skip_bad,
             "batch": self.batch, "lr": self.lr, "min_lr": self.min_lr, "weight_decay": self.weight_decay,
             "betas": [self.betas.0, self.betas.1], "warmup": self.warmup, "clip": self.clip, "crop": self.crop,
-            "seed": self.seed, "save_every": self.save_every,
+            "seed": self.seed, "save_every": self.save_every, "jitter": self.jitter, "milestones": self.milestones,
         });
         object[key] = n.into();
         if let Some(ratio) = self.mask_ratio {
             object["mask_ratio"] = ratio.into();
+        }
+        if self.finetune.is_none() {
+            object["drop_path"] = self.drop_path.into();
         }
         if let (Some(finetune), Value::Object(map)) = (&self.finetune, &mut object) {
             finetune.write(map);
@@ -189,6 +202,10 @@ impl TrainConfig {
             warmup: c.f64("warmup")?,
             clip: c.f64("clip")?,
             crop: c.f64("crop")?,
+            // Runs of earlier versions don't have these.
+            jitter: c.f64_or("jitter", 0.0)?,
+            milestones: if c.get("milestones").is_some() { c.f64s("milestones")? } else { Vec::new() },
+            drop_path: if c.str("method")? == CLASSIFICATION { 0.0 } else { c.f64_or("drop_path", 0.0)? },
             seed: uint("seed")?,
             save_every: uint("save_every")?,
             finetune: if c.str("method")? == CLASSIFICATION { Some(FineTune::read(&c)?) } else { None },
@@ -216,6 +233,14 @@ impl TrainConfig {
         self.warmup = below_1("warmup", self.warmup)?;
         self.clip = at_least_0("clip", self.clip)?;
         self.crop = range("crop", self.crop, self.crop > 0.0 && self.crop <= 1.0, "more than 0, at most 1")?;
+        self.jitter = range("jitter", self.jitter, (0.0..=1.0).contains(&self.jitter), "0 to 1")?;
+        self.drop_path = below_1("drop_path", self.drop_path)?;
+        let mut last = 0.0;
+        for milestone in &mut self.milestones {
+            let ok = *milestone > last && *milestone < 1.0;
+            *milestone = range("milestones", *milestone, ok, "ascending fractions of the run, more than 0 and less than 1")?;
+            last = *milestone;
+        }
         if let Some(ratio) = self.mask_ratio {
             self.mask_ratio = Some(range("mask_ratio", ratio, (0.0..=1.0).contains(&ratio), "0 to 1")?);
         }
@@ -241,7 +266,9 @@ impl TrainConfig {
 
     /// The learning rates of a run of `steps` steps.
     pub fn schedule(&self, steps: u64) -> Schedule {
-        Schedule { peak: self.lr, floor: self.min_lr, warmup: (self.warmup * steps as f64) as u64, steps }
+        let at = |fraction: f64| (fraction * steps as f64) as u64;
+        let milestones = self.milestones.iter().map(|&fraction| at(fraction)).collect();
+        Schedule { peak: self.lr, floor: self.min_lr, warmup: at(self.warmup), steps, milestones }
     }
 
     /// Opens the images.
@@ -255,6 +282,19 @@ impl TrainConfig {
         Dataset::open(Path::new(&self.data), OpenOptions { split, skip_bad: self.skip_bad })
     }
 
+    /// Opens the images for training and for test, and what was left out of them.
+    ///
+    /// # Errors
+    /// As [`Dataset::open`], or if the two have different classes.
+    pub fn open_both(&self) -> Result<([Dataset; 2], Vec<Skipped>)> {
+        let (train, skipped) = self.open_data(Split::Train)?;
+        let (test, skipped_test) = self.open_data(Split::Test)?;
+        if train.class_names() != test.class_names() {
+            return Err(Error::value("data", "training and test images have different classes"));
+        }
+        Ok(([train, test], vec![skipped, skipped_test]))
+    }
+
     /// How pixels become the network's input.
     pub fn normalization(&self) -> Normalization {
         match &self.finetune {
@@ -264,12 +304,22 @@ impl TrainConfig {
         }
     }
 
-    /// Random resized crop and flip, to images of side `size` and `channels`; in fine-tuning with its augmentation.
+    /// Jitter of colours, random resized crop and flip, to images of side `size` and `channels` with `normalization`. The random choices
+    /// depend neither on the size nor on the normalisation.
     ///
     /// # Errors
     /// As [`Transform::new`].
-    pub fn training_transform(&self, (size, channels): (usize, usize)) -> Result<Transform> {
-        let transform = Transform::training(size, channels, (self.crop, 1.0), self.normalization())?;
+    pub fn view(&self, (size, channels): (usize, usize), normalization: Normalization) -> Result<Transform> {
+        let jitter = (self.jitter > 0.0).then(|| ColorJitter::new(self.jitter)).transpose()?;
+        Ok(Transform::training(size, channels, (self.crop, 1.0), normalization)?.jittered(jitter))
+    }
+
+    /// The view that a network is trained on; in fine-tuning with its augmentation.
+    ///
+    /// # Errors
+    /// As [`Transform::new`].
+    pub fn training_transform(&self, shape: (usize, usize)) -> Result<Transform> {
+        let transform = self.view(shape, self.normalization())?;
         let (augment, erasing) = self.finetune.as_ref().map_or(Ok((None, None)), FineTune::augmentation)?;
         Ok(transform.augmented(augment, erasing))
     }

@@ -2,9 +2,11 @@
 //! [`crate::nn::Objective`].
 
 mod classification;
+mod classifier_run;
 mod config;
 mod evaluation;
 mod finetune;
+mod gain;
 mod layer_decay;
 mod metrics;
 mod mixing;
@@ -15,9 +17,11 @@ mod trainer;
 mod transfer;
 
 pub use classification::{Classification, Teacher};
+pub use classifier_run::{Start, evaluation, fit};
 pub use config::{BUILTIN, Length, TrainConfig};
 pub use evaluation::{Accuracy, Evaluation};
 pub use finetune::{CLASSIFICATION, FineTune, TeacherConfig};
+pub use gain::{Gain, Spread, TRANSFER};
 pub use layer_decay::layer_rates;
 pub use metrics::{METRICS, StepReport, read as read_metrics, read_accuracies};
 pub use mixing::{Mix, Mixing};

@@ -11,10 +11,11 @@ use rayon::prelude::*;
 
 use super::config::TrainConfig;
 use super::evaluation::{Accuracy, Evaluation};
+use super::gain::TRANSFER;
 use super::metrics::{METRICS, Metrics, StepReport};
 use super::optimizer::{Optimizer, clip};
 use super::schedule::Schedule;
-use crate::data::{Dataset, Loader, LoaderOptions, Transform};
+use crate::data::{Dataset, Loader, LoaderOptions};
 use crate::fs::write_atomic;
 use crate::nn::batch_norm::Updates;
 use crate::nn::{Batch, Checkpoint, Loss, Objective, Params, Pass, StepKey, View, encode, items};
@@ -79,8 +80,7 @@ impl<'a> Trainer<'a> {
         let second = match objective.second_view() {
             None => None,
             Some(View { size, normalization }) => {
-                // Crops depend on the random stream and not on the size.
-                let transform = Transform::training(size, channels, (config.crop, 1.0), normalization)?;
+                let transform = config.view((size, channels), normalization)?;
                 Some((Loader::new(dataset, transform, options)?, Tensor::zeros([config.batch, channels, size, size])))
             }
         };
@@ -332,7 +332,7 @@ pub fn saved_config(file: &Checkpoint) -> Result<TrainConfig> {
 }
 
 /// Every file that a run writes into its folder.
-const FILES: [&str; 12] = [
+const FILES: [&str; 13] = [
     STATE,
     CHECKPOINT,
     BEST,
@@ -345,6 +345,7 @@ const FILES: [&str; 12] = [
     "tokenizer.json",
     "codebook.json",
     PROBE,
+    TRANSFER,
 ];
 
 /// Makes the folder of a run, and removes the temporary files that a killed run left in it: a process that happens to have the
