@@ -96,17 +96,16 @@ fn attention(threads: usize) {
     let (params, mut grads) = (Params::<f32>::init(&layout, 0), Params::<f32>::zeros(&layout));
     let x = Tensor::from_fn([BATCH, TOKENS, DIM], |i| ((i * 7) % 1009) as f32 / 1009.0 - 0.5);
     let groups = Groups::all(TOKENS, TOKENS);
-    let mut flops = [0; 2];
     let mut run = |backward: bool| {
         let (y, saved) = layer.forward(&params, &x, &groups, None, None).expect("shapes agree");
         if backward {
             drop(layer.backward(&params, &mut grads, &x, saved, &groups, None, &y));
         }
     };
-    for (i, backward) in [false, true].into_iter().enumerate() {
-        flops[i] = karat::linalg::counted(|| run(backward)).1;
+    for backward in [false, true] {
+        let flops = karat::linalg::counted(|| run(backward)).1;
         let seconds = best(|| run(backward));
         let name = if backward { "attention, both passes" } else { "attention, forward" };
-        println!("{name:24} {:.2} of the FMA peak", flops[i] as f64 / seconds / peak::fma_flops() / threads as f64);
+        println!("{name:24} {:.2} of the FMA peak", flops as f64 / seconds / peak::fma_flops() / threads as f64);
     }
 }

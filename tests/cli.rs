@@ -199,3 +199,21 @@ fn listed_operations_make_cases_that_pass() {
         complains(&["case", "new", op.name, "--config", "[]", "-o", &file], &["JSON object"]);
     }
 }
+
+#[test]
+fn a_report_has_a_table_and_two_pictures() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let to = folder.path().join("report");
+    let to = to.to_str().expect("UTF-8");
+    let said = exits(0, &["bench", "report", "xcit_micro", "coc_micro", "--batch", "2", "--repeat", "1", "--out", to]);
+    let written = |name: &str| std::fs::read_to_string(folder.path().join("report").join(name)).expect(name);
+    assert_eq!(written("report.md"), said);
+    let rows: Vec<&str> = said.lines().skip(2).collect();
+    assert!(rows.len() == 2 && rows[0].starts_with("| xcit_micro | 2 |") && rows[1].starts_with("| coc_micro | 2 |"), "{said}");
+    assert!(rows.iter().all(|row| row.matches(" | ").count() == 7 && !row.contains("NaN")), "{said}");
+    let json: serde_json::Value = serde_json::from_str(&written("report.json")).expect("JSON");
+    assert!(json[1][1]["mode"] == "train" && json[1][1]["images_per_second"].as_f64().is_some_and(|rate| rate > 0.0), "{json}");
+    assert!(["speed.svg", "memory.svg"].iter().all(|name| written(name).contains(">xcit_micro</text>")));
+    let wrong = karat(&["bench", "report", "vit_nowhere", "--out", to]);
+    assert!(wrong.status.code() == Some(2) && text(&wrong.stderr).contains("vit_nowhere"), "{}", text(&wrong.stderr));
+}

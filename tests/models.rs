@@ -76,7 +76,8 @@ fn published_figures() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Inference gives the bits of the plain pass, but for what folding batch norms into convolutions rounds; recomputation gives the gradient's bits, with drop path on, and saves memory.
+/// Inference gives the bits of the plain pass, but for what folding batch norms into convolutions rounds; recomputation gives the
+/// gradient's bits, with drop path on, and saves memory.
 #[test]
 fn passes_agree() {
     let _alone = alone();
@@ -130,6 +131,41 @@ fn passes_agree() {
         let other = learn(&p.run_as(Pass::Train { key: StepKey { step: 8, ..key }, recompute: false }), &mut Vec::new()).unwrap().0;
         assert!(kept.flat() != other.flat(), "{name}: drop path drops nothing");
         assert!(kept.flat().iter().all(|g| g.is_finite()), "{name}");
+    }
+}
+
+/// Packed weights and a batch that is inferred in parts change no bit; weights that change after they were packed are packed again.
+#[test]
+fn packed_weights_and_parts_of_a_batch() {
+    let _alone = alone();
+    for (_, variant) in small() {
+        let name = variant.name;
+        let model = Model::named(name, CLASSES, None).unwrap();
+        let built = model.build().unwrap();
+        let plain = Params::<f32>::init(&built.layout, 1);
+        let infer = |p: &Params<f32>, x: &Tensor<f32>| -> Vec<Vec<f32>> {
+            let heads = built.network.infer(p, x).unwrap();
+            heads.iter().map(|head| head.data().to_vec()).collect()
+        };
+        let few = images(BATCH, model.size);
+        let mut packed = plain.packing();
+        for _ in 0..2 {
+            assert_eq!(infer(&packed, &few), infer(&plain, &few), "{name}");
+        }
+        // One image more than are inferred together.
+        let many = images((224 * 224usize).div_ceil(model.size * model.size) + 1, model.size);
+        let (first, last) = many.data().split_at(many.data().len() - few.data().len() / BATCH);
+        assert_eq!(&first[..few.data().len()], few.data());
+        let last = Tensor::new([1, 3, model.size, model.size], last).unwrap();
+        for (all, (few, last)) in infer(&packed, &many).iter().zip(infer(&plain, &few).iter().zip(infer(&plain, &last))) {
+            assert_eq!(all.len(), many.dims::<4>("images").unwrap()[0] * CLASSES, "{name}");
+            assert!(all.starts_with(few) && all.ends_with(&last), "{name}");
+        }
+        packed.flat_mut().iter_mut().for_each(|w| *w *= 1.5);
+        let mut changed = plain.clone();
+        changed.flat_mut().iter_mut().for_each(|w| *w *= 1.5);
+        assert_eq!(infer(&packed, &few), infer(&changed, &few), "{name}");
+        assert_ne!(infer(&changed, &few), infer(&plain, &few), "{name}");
     }
 }
 

@@ -113,8 +113,10 @@ fn usage_line(message: &str) -> String {
 impl Cli {
     fn run(self) -> Result<Outcome> {
         crate::simd::init()?;
-        let pool = rayon::ThreadPoolBuilder::new().stack_size(STACK).num_threads(self.threads.map_or(0, usize::from)).build_global();
-        pool.map_err(|e| Error::usage(format!("--threads: {e}")))?;
+        // 0 is one per core.
+        let threads = self.threads.map_or(0, usize::from);
+        let pool = rayon::ThreadPoolBuilder::new().stack_size(STACK).num_threads(threads).build_global();
+        pool.map_err(|e| Error::usage(format!("--threads {threads}: {e}")))?;
         // Locked there: the lock belongs to the thread that takes it.
         threads::awake(|| self.command.run(&mut io::stdout().lock(), self.threads))
     }

@@ -182,9 +182,11 @@ impl Transfer {
     fn record(&self, job: &Job, gain: &Gain, images: &Images) -> Value {
         let [train, test] = &images[&job.config.data];
         let mut record = json!({
-            "run": job.folder.display().to_string(), "network": job.network, "method": job.method, "classifier": job.config.model, "data": train.name(),
+            "run": job.folder.display().to_string(), "network": job.network, "method": job.method,
+            "classifier": job.config.model, "data": train.name(),
             "labels": self.labels, "test_images": test.len(), "batch": job.config.batch, "lr": job.config.lr,
-            "layer_decay": self.layer_decay, "drop_path": self.drop_path, "crop": job.config.crop, "images_per_seed": job.images / self.seeds as usize,
+            "layer_decay": self.layer_decay, "drop_path": self.drop_path, "crop": job.config.crop,
+            "images_per_seed": job.images / self.seeds as usize,
         });
         if let (Value::Object(record), Value::Object(gain)) = (&mut record, gain.to_json()) {
             record.extend(gain);

@@ -73,7 +73,8 @@ fn folded<T: Float>((conv, weights): (&Conv2d, &Params<T>), (norm, p): (&BatchNo
     conv.forward_with(&scaled, Some(&bias), x)
 }
 
-fn gelu<T: Float>(x: &Tensor<T>) -> Tensor<T> {
+/// GELU of a map.
+pub(super) fn gelu<T: Float>(x: &Tensor<T>) -> Tensor<T> {
     let mut y = Tensor::scratch(x.shape());
     elementwise::gelu(y.data_mut(), x.data(), T::ONE);
     y

@@ -8,7 +8,7 @@
 
 use super::batch_norm::{BatchNorm2d, Updates};
 use super::conv::{Conv2d, ConvSettings};
-use super::conv_norm::{self, NormInput, Then};
+use super::conv_norm::{self, NormInput, Then, gelu};
 use super::maps::{channels_first, channels_last};
 use super::param::{Layout, Names, Params};
 use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
@@ -174,12 +174,6 @@ impl ConvStem {
         }
         Ok((image, d))
     }
-}
-
-fn gelu<T: Float>(x: &Tensor<T>) -> Tensor<T> {
-    let mut y = Tensor::scratch(x.shape());
-    elementwise::gelu(y.data_mut(), x.data(), T::ONE);
-    y
 }
 
 /// `nn.conv_patch_embed`.

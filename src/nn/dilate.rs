@@ -7,7 +7,7 @@
 
 use super::batch_norm::{self, BatchNorm2d, Updates};
 use super::conv::{Conv2d, ConvSettings};
-use super::conv_norm::{self, NormInput, Then};
+use super::conv_norm::{self, NormInput, Then, gelu};
 use super::maps::{channels_first, channels_last};
 use super::param::{Layout, Names, Params};
 use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
@@ -210,12 +210,6 @@ impl DilatePatchEmbed {
         }
         Ok((cost + last.cost([b, h, w])?, last.output_size([h, w])?))
     }
-}
-
-fn gelu<T: Float>(x: &Tensor<T>) -> Tensor<T> {
-    let mut y = Tensor::scratch(x.shape());
-    elementwise::gelu(y.data_mut(), x.data(), T::ONE);
-    y
 }
 
 impl<T: Float> EmbedSaved<T> {

@@ -7,7 +7,7 @@
 
 use super::batch_norm::{self, BatchNorm2d, Updates};
 use super::conv::{Conv2d, ConvSettings};
-use super::conv_norm::{self, Then};
+use super::conv_norm::{self, Then, gelu};
 use super::param::{Layout, Names, Params};
 use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::{Error, Result};
@@ -170,12 +170,6 @@ fn as_map<T: Float>(x: &Tensor<T>, [h, w]: [usize; 2]) -> Result<Tensor<T>> {
         return Err(Error::shape("tokens of a map", format!("[batch, {h}·{w}, width]"), x.shape()));
     }
     x.reshape([b, h, w, c])
-}
-
-fn gelu<T: Float>(x: &Tensor<T>) -> Tensor<T> {
-    let mut y = Tensor::scratch(x.shape());
-    elementwise::gelu(y.data_mut(), x.data(), T::ONE);
-    y
 }
 
 /// `nn.local_patch_interaction`.

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::chart::{COLORS, escape};
+use super::chart::{COLORS, escape, open_svg};
 
 /// A chart of horizontal bars, which start at 0.
 #[derive(Clone, Debug, Default)]
@@ -33,14 +33,9 @@ pub fn bar_chart_svg(chart: &Bars) -> String {
     let group = BAR * chart.names.len() as f64 + GAP;
     let (width, bottom) = (LEFT + WIDTH + RIGHT, TOP + group * chart.groups.len() as f64);
     let height = bottom + BOTTOM;
-    let mut svg = String::new();
+    let mut svg = open_svg(width, height, 12);
     // Writing to a string cannot fail.
     let mut line = |text: std::fmt::Arguments| writeln!(svg, "{text}").expect("write to a string");
-    line(format_args!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} {height}\" \
-         font-family=\"Helvetica, Arial, sans-serif\" font-size=\"12\">"
-    ));
-    line(format_args!("<rect width=\"100%\" height=\"100%\" fill=\"white\"/>"));
     line(format_args!("<text x=\"{}\" y=\"24\" text-anchor=\"middle\" font-size=\"15\">{}</text>", width / 2.0, escape(&chart.title)));
     let mut x = LEFT;
     for (i, name) in chart.names.iter().enumerate() {

@@ -1,6 +1,6 @@
 //! Line charts as SVG text.
 
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 
 /// One line of a chart.
 #[derive(Clone, Debug, Default)]
@@ -53,14 +53,9 @@ pub fn line_chart_svg(chart: &Chart) -> String {
     let y_of = |y: f64| TOP + (1.0 - y_axis.place(y)) * HEIGHT;
 
     let [width, height] = chart.size();
-    let mut svg = String::new();
+    let mut svg = open_svg(width, height, 12);
     // Writing to a string cannot fail.
     let mut line = |text: std::fmt::Arguments| writeln!(svg, "{text}").expect("write to a string");
-    line(format_args!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} {height}\" \
-         font-family=\"Helvetica, Arial, sans-serif\" font-size=\"12\">"
-    ));
-    line(format_args!("<rect width=\"100%\" height=\"100%\" fill=\"white\"/>"));
     let (middle, bottom, right) = (LEFT + WIDTH / 2.0, TOP + HEIGHT, LEFT + WIDTH);
     line(format_args!("<text x=\"{middle}\" y=\"26\" text-anchor=\"middle\" font-size=\"15\">{}</text>", escape(&chart.title)));
     for (x, label) in x_axis.ticks(8) {
@@ -130,6 +125,14 @@ impl Chart {
         let legend_height = 20.0 * self.series.len() as f64;
         [LEFT + WIDTH + RIGHT + legend, TOP + HEIGHT.max(legend_height) + BOTTOM]
     }
+}
+
+/// The start of a picture: its size, its type, white ground.
+pub(super) fn open_svg(width: impl Display, height: impl Display, font_size: usize) -> String {
+    format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} {height}\" \
+         font-family=\"Helvetica, Arial, sans-serif\" font-size=\"{font_size}\">\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n"
+    )
 }
 
 /// Text inside an SVG element; characters that XML forbids are left out.

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use image::{ExtendedColorType, ImageEncoder, codecs::png::PngEncoder};
 
-use super::chart::escape;
+use super::chart::{escape, open_svg};
 use super::font;
 use crate::{Error, Result};
 
@@ -158,10 +158,7 @@ impl Drawing {
     fn svg(&self) -> String {
         let hex = |[r, g, b]: Color| format!("#{r:02x}{g:02x}{b:02x}");
         let [width, height] = self.size;
-        let mut svg = format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} {height}\" \
-             font-family=\"Helvetica, Arial, sans-serif\" font-size=\"11\">\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n"
-        );
+        let mut svg = open_svg(width, height, 11);
         for ([x, y, w, h], color) in &self.rects {
             let _ = writeln!(svg, "<rect x=\"{x}\" y=\"{y}\" width=\"{w}\" height=\"{h}\" fill=\"{}\"/>", hex(*color));
         }
