@@ -48,7 +48,8 @@ fn products(prints: &mut Prints) {
         let epilogue = Epilogue { bias: Some(&bias), residual: Some(Mat::new(&pre, m, n)), activation, accumulate: false };
         gemm(Mat::new(&a, m, k), Mat::new(&b, k, n), MatMut::new(&mut c, m, n), epilogue);
         prints.add(what("GELU"), &[&c[..], &out].concat());
-        let activation = Activation::GeluBackward { pre: Mat::new(&pre, m, n), out: MatMut::new(&mut out, m, n) };
+        out.copy_from_slice(&pre);
+        let activation = Activation::GeluBackward { hidden: MatMut::new(&mut out, m, n) };
         gemm(Mat::new(&a, m, k), Mat::new(&b, k, n), MatMut::new(&mut c, m, n), Epilogue { activation, ..Epilogue::default() });
         prints.add(what("GELU backward"), &[&c[..], &out].concat());
     }

@@ -196,14 +196,14 @@ pub(super) struct RawEpilogue<'a, T> {
     pub accumulate: bool,
     bias: Option<&'a [T]>,
     residual: Option<Mat<'a, T>>,
-    activation: RawActivation<'a, T>,
+    activation: RawActivation<T>,
 }
 
-enum RawActivation<'a, T> {
+enum RawActivation<T> {
     None,
     GeluOnly,
     Gelu { out: Shared<T>, stride: usize },
-    GeluBackward { pre: Mat<'a, T>, out: Shared<T>, stride: usize },
+    GeluBackward { hidden: Shared<T>, stride: usize },
 }
 
 impl<'a, T: Float> RawEpilogue<'a, T> {
@@ -220,10 +220,9 @@ impl<'a, T: Float> RawEpilogue<'a, T> {
                 assert!(out.rows() == m && out.cols() == n, "activation shape");
                 RawActivation::Gelu { stride: out.row_stride(), out: Shared(out.data().as_mut_ptr()) }
             }
-            Activation::GeluBackward { pre, mut out } => {
-                fits(&pre);
-                assert!(out.rows() == m && out.cols() == n, "activation shape");
-                RawActivation::GeluBackward { pre, stride: out.row_stride(), out: Shared(out.data().as_mut_ptr()) }
+            Activation::GeluBackward { mut hidden } => {
+                assert!(hidden.rows() == m && hidden.cols() == n, "activation shape");
+                RawActivation::GeluBackward { stride: hidden.row_stride(), hidden: Shared(hidden.data().as_mut_ptr()) }
             }
         };
         RawEpilogue { accumulate: epilogue.accumulate, bias: epilogue.bias, residual: epilogue.residual, activation }
@@ -232,18 +231,18 @@ impl<'a, T: Float> RawEpilogue<'a, T> {
     /// Applies the epilogue to a rectangle of C, while it is in L1.
     ///
     /// # Safety
-    /// `c` and `c_row` are C's; no other thread touches these elements of it or of the activation's output.
+    /// `c` and `c_row` are C's; no other thread touches these elements of it or of the activation's matrix.
     #[inline(always)]
     pub unsafe fn finish<V: Vector<T>>(&self, c: *mut T, c_row: usize, rows: (usize, usize), cols: (usize, usize)) {
         // SAFETY: the caller's promise.
         unsafe {
             match &self.activation {
                 RawActivation::None if self.bias.is_none() && self.residual.is_none() => {}
-                RawActivation::None => self.finish_as::<V, PLAIN>(c, c_row, rows, cols, None, (Shared(c), 0)),
-                RawActivation::GeluOnly => self.finish_as::<V, GELU_ONLY>(c, c_row, rows, cols, None, (Shared(c), 0)),
-                RawActivation::Gelu { out, stride } => self.finish_as::<V, GELU>(c, c_row, rows, cols, None, (*out, *stride)),
-                RawActivation::GeluBackward { pre, out, stride } => {
-                    self.finish_as::<V, GELU_BACKWARD>(c, c_row, rows, cols, Some(pre), (*out, *stride))
+                RawActivation::None => self.finish_as::<V, PLAIN>(c, c_row, rows, cols, (Shared(c), 0)),
+                RawActivation::GeluOnly => self.finish_as::<V, GELU_ONLY>(c, c_row, rows, cols, (Shared(c), 0)),
+                RawActivation::Gelu { out, stride } => self.finish_as::<V, GELU>(c, c_row, rows, cols, (*out, *stride)),
+                RawActivation::GeluBackward { hidden, stride } => {
+                    self.finish_as::<V, GELU_BACKWARD>(c, c_row, rows, cols, (*hidden, *stride))
                 }
             }
         }
@@ -257,8 +256,7 @@ impl<'a, T: Float> RawEpilogue<'a, T> {
         c_row: usize,
         rows: (usize, usize),
         cols: (usize, usize),
-        pre: Option<&Mat<T>>,
-        (out, out_row): (Shared<T>, usize),
+        (other, other_row): (Shared<T>, usize),
     ) {
         let mut j = cols.0;
         while j < cols.1 {
@@ -278,13 +276,13 @@ impl<'a, T: Float> RawEpilogue<'a, T> {
                     x = x.gelu();
                 } else if KIND != PLAIN {
                     // SAFETY: the view's extent was checked in `new`; this part of it is ours alone.
-                    let out = unsafe { std::slice::from_raw_parts_mut(out.0.add(r * out_row + j), width) };
+                    let other = unsafe { std::slice::from_raw_parts_mut(other.0.add(r * other_row + j), width) };
                     if KIND == GELU {
-                        put(x.gelu(), out);
-                    } else if let Some(pre) = pre {
-                        let (value, slope) = part::<T, V>(pre, r, j, width).gelu_with_grad();
+                        put(x.gelu(), other);
+                    } else {
+                        let (value, slope) = get::<T, V>(other).gelu_with_grad();
                         x = x * slope;
-                        put(value, out);
+                        put(value, other);
                     }
                 }
                 put(x, row);

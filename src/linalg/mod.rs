@@ -50,12 +50,10 @@ pub enum Activation<'a, T> {
         /// Of C's shape.
         out: MatMut<'a, T>,
     },
-    /// C is the sum times `GELU′(pre)`; `out` becomes `GELU(pre)`, which the weight gradient of the next layer needs.
+    /// C is the sum times `GELU′(h)`; `hidden`, which holds `h`, becomes `GELU(h)`: the next layer's weight gradient needs it.
     GeluBackward {
-        /// What the activation was applied to, of C's shape.
-        pre: Mat<'a, T>,
         /// Of C's shape.
-        out: MatMut<'a, T>,
+        hidden: MatMut<'a, T>,
     },
 }
 

@@ -11,7 +11,7 @@ use crate::nn::{DropPath, Init, LayerNorm, LayerScale, Layout, Mlp, Names, Param
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
-use super::vit_block::{add_branch, hidden_width, scale_backward};
+use super::vit_block::{add_branch, branch_backward, hidden_width};
 
 /// The published names of the parts.
 #[derive(Clone, Copy, Debug)]
@@ -135,16 +135,16 @@ impl Block {
         dy: &Tensor<T>,
     ) -> Result<Tensor<T>> {
         let Saved { x, stats1, attn, branch1, middle, stats2, mlp, branch2 } = saved;
-        let df = self.drops[1].apply(p, scale_backward(p, g, self.scale2, branch2, dy)?);
         let normed = self.norm2.again(p, &middle, &stats2);
-        let d_normed = self.mlp.backward(p, g, &normed, mlp, &df)?;
-        drop((df, normed));
+        let branch = (self.drops[1], self.scale2, branch2);
+        let d_normed = branch_backward(p, g, branch, dy, |g, df| self.mlp.backward(p, g, &normed, mlp, df))?;
+        drop(normed);
         let d_middle = self.norm2.backward(p, g, &middle, &stats2, &d_normed, Some(dy))?;
         drop((d_normed, middle));
-        let df = self.drops[0].apply(p, scale_backward(p, g, self.scale1, branch1, &d_middle)?);
         let normed = self.norm1.again(p, &x, &stats1);
-        let d_normed = self.attn.backward(p, g, &normed, attn, outer, d_outer, &df)?;
-        drop((df, normed));
+        let branch = (self.drops[0], self.scale1, branch1);
+        let d_normed = branch_backward(p, g, branch, &d_middle, |g, df| self.attn.backward(p, g, &normed, attn, outer, d_outer, df))?;
+        drop(normed);
         self.norm1.backward(p, g, &x, &stats1, &d_normed, Some(&d_middle))
     }
 }

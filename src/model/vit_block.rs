@@ -129,16 +129,16 @@ impl Block {
         dy: &Tensor<T>,
     ) -> Result<Tensor<T>> {
         let Saved { x, stats1, attn, branch1, middle, stats2, mlp, branch2 } = saved;
-        let df = self.drop2.apply(p, scale_backward(p, g, self.scale2, branch2, dy)?);
         let normed = self.norm2.again(p, &middle, &stats2);
-        let d_normed = self.mlp.backward(p, g, &normed, mlp, &df)?;
-        drop((df, normed));
+        let d_normed = branch_backward(p, g, (self.drop2, self.scale2, branch2), dy, |g, df| self.mlp.backward(p, g, &normed, mlp, df))?;
+        drop(normed);
         let d_middle = self.norm2.backward(p, g, &middle, &stats2, &d_normed, Some(dy))?;
         drop((d_normed, middle));
-        let df = self.drop1.apply(p, scale_backward(p, g, self.scale1, branch1, &d_middle)?);
         let normed = self.norm1.again(p, &x, &stats1);
-        let d_normed = self.attn.backward(p, g, &normed, attn, groups, bias, &df)?;
-        drop((df, normed));
+        let d_normed = branch_backward(p, g, (self.drop1, self.scale1, branch1), &d_middle, |g, df| {
+            self.attn.backward(p, g, &normed, attn, groups, bias, df)
+        })?;
+        drop(normed);
         self.norm1.backward(p, g, &x, &stats1, &d_normed, Some(&d_middle))
     }
 }
@@ -160,17 +160,20 @@ pub fn add_branch<T: Float, S>(
     Ok((scale.forward(p, x, &f)?, saved, Some(f)))
 }
 
-/// The gradient of a branch with an optional LayerScale.
-pub fn scale_backward<T: Float>(
+/// `run(g, df)` with the gradient of the output of a branch of [`add_branch`], which had this path, these gains and this output.
+pub fn branch_backward<T: Float, R>(
     p: &Params<T>,
     g: &mut Params<T>,
-    scale: Option<LayerScale>,
-    f: Option<Tensor<T>>,
+    (drop, scale, f): (DropPath, Option<LayerScale>, Option<Tensor<T>>),
     dy: &Tensor<T>,
-) -> Result<Tensor<T>> {
+    run: impl FnOnce(&mut Params<T>, &Tensor<T>) -> Result<R>,
+) -> Result<R> {
     match (scale, f) {
-        (Some(scale), Some(f)) => scale.backward(p, g, &f, dy),
-        _ => Ok(dy.clone()),
+        (Some(scale), Some(f)) => {
+            let df = scale.backward(p, g, &f, dy)?;
+            run(g, &drop.apply(p, df))
+        }
+        _ => drop.backward(p, dy, |df| run(g, df)),
     }
 }
 

@@ -16,7 +16,7 @@ use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
 use super::swin_ops::map_size;
-use super::vit_block::{add_branch, hidden_width, scale_backward};
+use super::vit_block::{add_branch, branch_backward, hidden_width};
 
 /// The attention of a block.
 #[derive(Clone, Copy, Debug)]
@@ -200,35 +200,24 @@ impl Block {
     /// `dx`.
     pub fn backward<T: Float>(&self, p: &Params<T>, g: &mut Params<T>, saved: Saved<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
         let Saved { x: [x, x3, x2], stats: [stats1, stats3, stats2], attn, local, mlp, branches: [branch1, branch3, branch2], map } = saved;
-        let df = self.branch_gradient(p, g, 2, branch2, dy)?;
+        let ([scale1, scale3, scale2], [drop1, drop3, drop2]) = (self.scales, self.drops);
         let normed = self.norm2.again(p, &x2, &stats2);
-        let d_normed = self.mlp.backward(p, g, &normed, mlp, &df)?;
-        drop((df, normed));
+        let branch = (drop2, scale2, branch2);
+        let d_normed = branch_backward(p, g, branch, dy, |g, df| self.mlp.backward(p, g, &normed, mlp, df))?;
+        drop(normed);
         let d2 = self.norm2.backward(p, g, &x2, &stats2, &d_normed, Some(dy))?;
         drop((d_normed, x2));
-        let df = self.branch_gradient(p, g, 1, branch3, &d2)?;
         let normed = self.norm3.again(p, &x3, &stats3);
-        let d_normed = self.local.backward(p, g, &normed, map, local, &df)?;
-        drop((df, normed));
+        let branch = (drop3, scale3, branch3);
+        let d_normed = branch_backward(p, g, branch, &d2, |g, df| self.local.backward(p, g, &normed, map, local, df))?;
+        drop(normed);
         let d3 = self.norm3.backward(p, g, &x3, &stats3, &d_normed, Some(&d2))?;
         drop((d_normed, d2, x3));
-        let df = self.branch_gradient(p, g, 0, branch1, &d3)?;
         let normed = self.norm1.again(p, &x, &stats1);
-        let d_normed = self.attn.backward(p, g, &normed, attn, &df)?;
-        drop((df, normed));
+        let branch = (drop1, scale1, branch1);
+        let d_normed = branch_backward(p, g, branch, &d3, |g, df| self.attn.backward(p, g, &normed, attn, df))?;
+        drop(normed);
         self.norm1.backward(p, g, &x, &stats1, &d_normed, Some(&d3))
-    }
-
-    /// The gradient of branch `i`.
-    fn branch_gradient<T: Float>(
-        &self,
-        p: &Params<T>,
-        g: &mut Params<T>,
-        i: usize,
-        f: Option<Tensor<T>>,
-        dy: &Tensor<T>,
-    ) -> Result<Tensor<T>> {
-        Ok(self.drops[i].apply(p, scale_backward(p, g, self.scales[i], f, dy)?))
     }
 }
 

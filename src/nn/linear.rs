@@ -144,16 +144,15 @@ impl Linear {
         Ok(())
     }
 
-    /// For `y = GELU(h) Wᵀ + b`: `dh = dy W ⊙ GELU′(h)`, and `GELU(h)`, which [`backward_params`](Self::backward_params) needs.
-    pub fn backward_gelu<T: Float>(&self, p: &Params<T>, h: &Tensor<T>, dy: &Tensor<T>) -> Result<(Tensor<T>, Tensor<T>)> {
+    /// For `y = GELU(h) Wᵀ + b`: `dh = dy W ⊙ GELU′(h)`; `h` becomes `GELU(h)`, which [`backward_params`](Self::backward_params) needs.
+    pub fn backward_gelu<T: Float>(&self, p: &Params<T>, h: &mut Tensor<T>, dy: &Tensor<T>) -> Result<Tensor<T>> {
         let rows = self.rows("gradient of a linear layer", dy, self.outputs)?;
         h.expect_shape("pre-activation", dy.shape().with_last(self.inputs))?;
-        let (mut dh, mut a) = (Tensor::scratch(h.shape()), Tensor::scratch(h.shape()));
-        let activation =
-            Activation::GeluBackward { pre: Mat::new(h.data(), rows, self.inputs), out: MatMut::new(a.data_mut(), rows, self.inputs) };
+        let mut dh = Tensor::scratch(h.shape());
+        let activation = Activation::GeluBackward { hidden: MatMut::new(h.data_mut(), rows, self.inputs) };
         let epilogue = Epilogue { activation, ..Epilogue::default() };
         gemm(Mat::new(dy.data(), rows, self.outputs), self.weight_matrix(p), MatMut::new(dh.data_mut(), rows, self.inputs), epilogue);
-        Ok((dh, a))
+        Ok(dh)
     }
 
     /// `dW += dyᵀ x`, `db += Σ dy`.

@@ -58,13 +58,12 @@ impl Mlp {
         p: &Params<T>,
         g: &mut Params<T>,
         x: &Tensor<T>,
-        saved: Saved<T>,
+        Saved { mut hidden }: Saved<T>,
         dy: &Tensor<T>,
     ) -> Result<Tensor<T>> {
-        let (dh, active) = self.fc2.backward_gelu(p, &saved.hidden, dy)?;
-        drop(saved);
-        self.fc2.backward_params(g, &active, dy)?;
-        drop(active);
+        let dh = self.fc2.backward_gelu(p, &mut hidden, dy)?;
+        self.fc2.backward_params(g, &hidden, dy)?;
+        drop(hidden);
         self.fc1.backward(p, g, x, &dh)
     }
 }

@@ -1,7 +1,8 @@
-//! Pooled, 64-byte-aligned memory: a training step that has run once allocates nothing the next time.
+//! Pooled, 64-byte-aligned memory: a training step that has run once asks the operating system for nothing the next time.
 //!
-//! Freed blocks are kept by size class and handed out again. Large blocks are anonymous memory maps that ask for huge pages.
-//! What is kept never exceeds what was once in use at the same time by more than an eighth, so the pool does not raise the peak.
+//! Small blocks come from the heap; freed ones are kept by size class and handed out again. Large blocks are cut out of a few anonymous
+//! memory maps that ask for huge pages: the smallest gap that fits, and freed neighbours become one gap again, so that what is resident
+//! stays close to what is in use at the same time.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::collections::BTreeMap;
@@ -13,47 +14,32 @@ use std::sync::Mutex;
 use super::Float;
 
 const ALIGN: usize = 64;
-/// Blocks from this size on are memory maps, rounded to whole huge pages.
-const MAP_FROM: usize = 4 << 20;
+/// Blocks from this size on are cut out of regions, in whole pages.
+const LARGE: usize = 64 << 10;
+const PAGE: usize = 4 << 10;
 const HUGE_PAGE: usize = 2 << 20;
-/// Kept beside the eighth, so that small programs never trim.
+/// The least size of a region; pages that were never touched cost nothing.
+const REGION: usize = 64 << 20;
+/// The most bytes of small blocks that are kept for later.
 const SLACK: usize = 32 << 20;
 
-enum Block {
-    Heap(NonNull<u8>),
-    Map(memmap2::MmapMut),
-}
+/// A block of the heap.
+struct Block(NonNull<u8>);
 
 // SAFETY: a block owns its memory and nothing else refers to it.
 unsafe impl Send for Block {}
 
 impl Block {
     fn new(bytes: usize) -> Block {
-        if bytes >= MAP_FROM
-            && let Ok(map) = memmap2::MmapMut::map_anon(bytes)
-        {
-            #[cfg(target_os = "linux")]
-            let _ = map.advise(memmap2::Advice::HugePage);
-            return Block::Map(map);
-        }
         let layout = heap_layout(bytes);
         // SAFETY: size classes are never zero.
         let pointer = unsafe { alloc_zeroed(layout) };
-        Block::Heap(NonNull::new(pointer).unwrap_or_else(|| handle_alloc_error(layout)))
-    }
-
-    fn pointer(&mut self) -> NonNull<u8> {
-        match self {
-            Block::Heap(pointer) => *pointer,
-            Block::Map(map) => NonNull::new(map.as_mut_ptr()).expect("a memory map has an address"),
-        }
+        Block(NonNull::new(pointer).unwrap_or_else(|| handle_alloc_error(layout)))
     }
 
     fn release(self, bytes: usize) {
-        if let Block::Heap(pointer) = self {
-            // SAFETY: allocated in `new` with the layout of the same size.
-            unsafe { dealloc(pointer.as_ptr(), heap_layout(bytes)) }
-        }
+        // SAFETY: allocated in `new` with the layout of the same size.
+        unsafe { dealloc(self.0.as_ptr(), heap_layout(bytes)) }
     }
 }
 
@@ -61,17 +47,73 @@ fn heap_layout(bytes: usize) -> Layout {
     Layout::from_size_align(bytes, ALIGN).expect("a buffer smaller than the address space")
 }
 
-/// The size class of a request: eight steps to a power of two, whole huge pages for large blocks.
+/// The size class of a request: eight steps to a power of two for small blocks, whole pages for large ones.
 fn size_class(bytes: usize) -> usize {
-    let step = (bytes.next_power_of_two() / 16).max(ALIGN);
-    let class = bytes.max(1).div_ceil(step) * step;
-    if class >= MAP_FROM { class.div_ceil(HUGE_PAGE) * HUGE_PAGE } else { class }
+    let step = if bytes >= LARGE { PAGE } else { (bytes.next_power_of_two() / 16).max(ALIGN) };
+    bytes.max(1).div_ceil(step) * step
+}
+
+/// A memory map, and its gaps: where they begin and how long they are. No two gaps touch.
+struct Region {
+    map: memmap2::MmapRaw,
+    gaps: BTreeMap<usize, usize>,
+}
+
+impl Region {
+    fn new(bytes: usize) -> Option<Region> {
+        let map = memmap2::MmapRaw::from(memmap2::MmapMut::map_anon(bytes).ok()?);
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        Some(Region { map, gaps: BTreeMap::from([(0, bytes)]) })
+    }
+
+    /// Takes the first `bytes` of the gap at `offset`.
+    fn take(&mut self, offset: usize, bytes: usize) -> NonNull<u8> {
+        let len = self.gaps.remove(&offset).expect("a gap");
+        if len > bytes {
+            self.gaps.insert(offset + bytes, len - bytes);
+        }
+        // SAFETY: a gap lies in the map.
+        let pointer = unsafe { self.map.as_mut_ptr().add(offset) };
+        NonNull::new(pointer).expect("a memory map has an address")
+    }
+
+    fn give(&mut self, pointer: NonNull<u8>, mut bytes: usize) {
+        let mut offset = pointer.as_ptr() as usize - self.map.as_ptr() as usize;
+        if let Some(next) = self.gaps.remove(&(offset + bytes)) {
+            bytes += next;
+        }
+        if let Some((&before, &len)) = self.gaps.range(..offset).next_back()
+            && before + len == offset
+        {
+            (offset, bytes) = (before, len + bytes);
+        }
+        self.gaps.insert(offset, bytes);
+    }
+
+    /// Gives the memory of the gaps back to the operating system.
+    fn trim(&self) {
+        #[cfg(unix)]
+        for (&offset, &len) in &self.gaps {
+            // SAFETY: nobody refers to a gap; when it is read again it holds zeros.
+            let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, len) };
+        }
+    }
+}
+
+/// Where a block lies.
+#[derive(Clone, Copy)]
+enum Home {
+    Nowhere,
+    Heap,
+    Region(usize),
 }
 
 #[derive(Default)]
 struct Pool {
-    free: BTreeMap<usize, Vec<Block>>,
-    free_bytes: usize,
+    small: BTreeMap<usize, Vec<Block>>,
+    small_bytes: usize,
+    regions: Vec<Region>,
     stats: Stats,
 }
 
@@ -100,7 +142,10 @@ pub fn stats() -> Stats {
 
 /// Starts a new measurement of the peak and gives all unused memory back to the operating system.
 pub fn reset_peak() {
-    with_pool(|pool| pool.trim(0));
+    with_pool(|pool| {
+        pool.trim_small(0);
+        pool.regions.iter().for_each(Region::trim);
+    });
     start_peak();
 }
 
@@ -110,38 +155,65 @@ pub fn start_peak() {
 }
 
 impl Pool {
-    fn take(&mut self, class: usize) -> Block {
+    fn take(&mut self, class: usize) -> (Home, NonNull<u8>) {
         self.stats.live_bytes += class;
         self.stats.peak_bytes = self.stats.peak_bytes.max(self.stats.live_bytes);
-        if let Some(block) = self.free.get_mut(&class).and_then(Vec::pop) {
-            self.free_bytes -= class;
-            return block;
+        if class < LARGE {
+            return (Home::Heap, self.take_small(class));
+        }
+        let gaps = self.regions.iter().enumerate().flat_map(|(i, region)| region.gaps.iter().map(move |(&offset, &len)| (len, i, offset)));
+        let (region, offset) = match gaps.filter(|gap| gap.0 >= class).min() {
+            Some((_, region, offset)) => (region, offset),
+            None => {
+                self.stats.fresh_allocations += 1;
+                // Each region is half as large as all before it: few regions, few gaps that end at a border.
+                let mapped: usize = self.regions.iter().map(|region| region.map.len()).sum();
+                let bytes = class.max(mapped / 2).max(REGION).next_multiple_of(HUGE_PAGE);
+                match Region::new(bytes).or_else(|| Region::new(class)) {
+                    Some(region) => self.regions.push(region),
+                    None => handle_alloc_error(heap_layout(class)),
+                }
+                (self.regions.len() - 1, 0)
+            }
+        };
+        (Home::Region(region), self.regions[region].take(offset, class))
+    }
+
+    fn take_small(&mut self, class: usize) -> NonNull<u8> {
+        if let Some(block) = self.small.get_mut(&class).and_then(Vec::pop) {
+            self.small_bytes -= class;
+            return block.0;
         }
         if class > 4096 {
             self.stats.fresh_allocations += 1;
         }
-        let limit = self.stats.peak_bytes + self.stats.peak_bytes / 8 + SLACK;
-        self.trim(limit.saturating_sub(self.stats.live_bytes));
-        Block::new(class)
+        Block::new(class).0
     }
 
-    fn give(&mut self, class: usize, block: Block) {
+    fn give(&mut self, class: usize, home: Home, pointer: NonNull<u8>) {
         self.stats.live_bytes -= class;
-        self.free_bytes += class;
-        self.free.entry(class).or_default().push(block);
+        match home {
+            Home::Nowhere => {}
+            Home::Region(region) => self.regions[region].give(pointer, class),
+            Home::Heap => {
+                self.small_bytes += class;
+                self.small.entry(class).or_default().push(Block(pointer));
+                self.trim_small(SLACK);
+            }
+        }
     }
 
-    /// Releases unused blocks, largest first, until at most `keep` bytes of them are left.
-    fn trim(&mut self, keep: usize) {
-        while self.free_bytes > keep {
-            let Some((&class, blocks)) = self.free.iter_mut().next_back() else { return };
+    /// Releases unused small blocks, largest first, until at most `keep` bytes of them are left.
+    fn trim_small(&mut self, keep: usize) {
+        while self.small_bytes > keep {
+            let Some((&class, blocks)) = self.small.iter_mut().next_back() else { return };
             match blocks.pop() {
                 Some(block) => {
-                    self.free_bytes -= class;
+                    self.small_bytes -= class;
                     block.release(class);
                 }
                 None => {
-                    self.free.remove(&class);
+                    self.small.remove(&class);
                 }
             }
         }
@@ -153,7 +225,7 @@ pub struct Buffer<T: Float> {
     pointer: NonNull<T>,
     len: usize,
     class: usize,
-    block: Option<Block>,
+    home: Home,
     owns: PhantomData<T>,
 }
 
@@ -166,11 +238,11 @@ impl<T: Float> Buffer<T> {
     /// A buffer whose contents are whatever was last stored there (never uninitialised memory): for outputs that are written whole.
     pub fn scratch(len: usize) -> Self {
         if len == 0 {
-            return Buffer { pointer: NonNull::dangling(), len, class: 0, block: None, owns: PhantomData };
+            return Buffer { pointer: NonNull::dangling(), len, class: 0, home: Home::Nowhere, owns: PhantomData };
         }
         let class = size_class(len.checked_mul(size_of::<T>()).expect("a buffer smaller than the address space"));
-        let mut block = with_pool(|pool| pool.take(class));
-        Buffer { pointer: block.pointer().cast(), len, class, block: Some(block), owns: PhantomData }
+        let (home, pointer) = with_pool(|pool| pool.take(class));
+        Buffer { pointer: pointer.cast(), len, class, home, owns: PhantomData }
     }
 
     /// A buffer of zeros.
@@ -183,8 +255,8 @@ impl<T: Float> Buffer<T> {
 
 impl<T: Float> Drop for Buffer<T> {
     fn drop(&mut self) {
-        if let Some(block) = self.block.take() {
-            with_pool(|pool| pool.give(self.class, block));
+        if self.class > 0 {
+            with_pool(|pool| pool.give(self.class, self.home, self.pointer.cast()));
         }
     }
 }
@@ -219,11 +291,38 @@ mod tests {
 
     #[test]
     fn classes_waste_at_most_an_eighth() {
-        for bytes in [1, 64, 65, 4000, 5000, 1 << 20, (1 << 20) + 1, 100_000_003] {
+        for bytes in [1, 64, 65, 4000, 5000, LARGE - 1, LARGE, 1 << 20, (1 << 20) + 1, 100_000_003] {
             let class = size_class(bytes);
             assert!(class >= bytes && class.is_multiple_of(ALIGN), "{bytes} → {class}");
-            assert!(class - bytes <= (bytes / 8).max(HUGE_PAGE.min(bytes / 2)).max(ALIGN), "{bytes} → {class}");
+            assert!(class - bytes <= (bytes / 8).min(LARGE / 8).max(ALIGN), "{bytes} → {class}");
         }
+    }
+
+    /// Blocks never overlap, whatever the order in which they are freed, and in the end one gap is left.
+    #[test]
+    fn gaps_become_one_again() {
+        let mut region = Region::new(64 * PAGE).unwrap();
+        let mut rng = crate::tensor::random::Rng::new(5, crate::tensor::random::Purpose::Case, 0, 0);
+        let mut live: Vec<(NonNull<u8>, usize)> = Vec::new();
+        for round in 0..2000 {
+            if rng.chance(0.55) {
+                let bytes = PAGE * rng.between(1, 9);
+                if let Some((&offset, _)) = region.gaps.iter().find(|gap| *gap.1 >= bytes) {
+                    live.push((region.take(offset, bytes), bytes));
+                }
+            } else if !live.is_empty() {
+                let (pointer, bytes) = live.swap_remove(round % live.len());
+                region.give(pointer, bytes);
+            }
+            let base = region.map.as_ptr() as usize;
+            let mut parts: Vec<(usize, usize)> = live.iter().map(|(p, len)| (p.as_ptr() as usize - base, *len)).collect();
+            parts.extend(region.gaps.iter().map(|(&offset, &len)| (offset, len)));
+            parts.sort_unstable();
+            let end = parts.iter().fold(0, |end, &(offset, len)| if offset == end { end + len } else { usize::MAX });
+            assert_eq!(end, 64 * PAGE, "round {round}: {parts:?}");
+        }
+        live.drain(..).for_each(|(pointer, bytes)| region.give(pointer, bytes));
+        assert_eq!(region.gaps, BTreeMap::from([(0, 64 * PAGE)]));
     }
 
     #[test]
