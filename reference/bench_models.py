@@ -5,7 +5,7 @@
 
 PyTorch runs timm's networks in every mode that it has: eager, `torch.compile`, and for inference compiled with frozen weights; training
 steps are forward, cross-entropy, backward and fused AdamW. The ratio is against the fastest of them. Memory is the peak resident set beyond
-that of the process before the network was built (PyTorch) or of an empty process (karat).
+that of the process before the network was built.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def main():
             row = dict(name=name, mode=mode, batch=args.batch, threads=args.threads, simd=ours[0]["simd"], ratio=theirs / seconds)
             row |= dict(karat_images_per_second=args.batch / seconds, torch_images_per_second=args.batch / theirs, torch_mode=best)
             row |= dict(fraction_of_peak=statistics.median(run["fraction_of_peak"] for run in ours))
-            row |= dict(karat_bytes=max(run["peak_rss_bytes"] for run in ours), torch_bytes=twins[best].memory)
+            row |= dict(karat_bytes=max(run["peak_rss_bytes"] - run["base_rss_bytes"] for run in ours), torch_bytes=twins[best].memory)
             rows.append(row)
             print(
                 f"{name:<32}{mode:<7}{row['karat_images_per_second']:>9.2f}{row['torch_images_per_second']:>9.2f}  {best:<9}"

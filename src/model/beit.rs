@@ -370,7 +370,7 @@ const BASE: &str = r#"{"dim": 768, "depth": 12, "num_heads": 12}"#;
 /// As in the first version of the paper.
 const BASE_V1: &str = r#"{"dim": 768, "depth": 12, "num_heads": 12, "abs_pos_emb": true, "rel_pos_bias": false, "layer_scale": false}"#;
 const LARGE: &str = r#"{"dim": 1024, "depth": 24, "num_heads": 16, "init_scale": 1e-5}"#;
-const MICRO: &str = r#"{"dim": 144, "depth": 6, "num_heads": 6, "patch_size": 4}"#;
+const MICRO: &str = r#"{"dim": 144, "depth": 6, "num_heads": 6, "patch_size": 4, "weight_init": "xavier"}"#;
 
 /// BEiT, fine-tuned: a table per block, the mean of the patches.
 pub static FAMILY: Family = Family {

@@ -147,7 +147,7 @@ const S24: &str = r#"{"embed_dim": 384, "depth": 24, "num_heads": 8}"#;
 const S36: &str = r#"{"embed_dim": 384, "depth": 36, "num_heads": 8}"#;
 const M36: &str = r#"{"embed_dim": 768, "depth": 36, "num_heads": 16}"#;
 const M48: &str = r#"{"embed_dim": 768, "depth": 48, "num_heads": 16}"#;
-const MICRO: &str = r#"{"embed_dim": 96, "depth": 6, "num_heads": 4, "patch_size": 4}"#;
+const MICRO: &str = r#"{"embed_dim": 96, "depth": 6, "num_heads": 4, "patch_size": 4, "weight_init": "xavier"}"#;
 
 /// CaiT.
 pub static FAMILY: Family = Family {

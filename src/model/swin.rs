@@ -535,7 +535,8 @@ const BASE: &str = r#"{"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [
 const BASE_12: &str = r#"{"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12}"#;
 const LARGE: &str = r#"{"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48]}"#;
 const LARGE_12: &str = r#"{"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48], "window_size": 12}"#;
-const MICRO: &str = r#"{"embed_dim": 48, "depths": [2, 2, 2], "num_heads": [3, 6, 12], "patch_size": 2, "window_size": 4}"#;
+const MICRO: &str =
+    r#"{"embed_dim": 48, "depths": [2, 2, 2], "num_heads": [3, 6, 12], "patch_size": 2, "window_size": 4, "weight_init": "xavier"}"#;
 
 const fn variant(name: &'static str, config: &'static str, eval: Eval, params: usize, gmacs: f64) -> Variant {
     Variant { name, also: &[], config, eval, params: Some(params), gmacs: Some(gmacs) }

@@ -310,7 +310,7 @@ pub static FAMILY: Family = Family {
         Variant {
             name: "vit_micro",
             also: &[],
-            config: r#"{"embed_dim": 144, "depth": 6, "num_heads": 6, "patch_size": 4}"#,
+            config: r#"{"embed_dim": 144, "depth": 6, "num_heads": 6, "patch_size": 4, "weight_init": "xavier"}"#,
             eval: Eval::SMALL,
             params: None,
             gmacs: None,
@@ -358,7 +358,7 @@ pub static DISTILLED_FAMILY: Family = Family {
         Variant {
             name: "deit_micro_distilled",
             also: &[],
-            config: r#"{"embed_dim": 144, "depth": 6, "num_heads": 6, "patch_size": 4}"#,
+            config: r#"{"embed_dim": 144, "depth": 6, "num_heads": 6, "patch_size": 4, "weight_init": "xavier"}"#,
             eval: Eval::SMALL,
             params: None,
             gmacs: None,

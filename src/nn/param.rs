@@ -139,6 +139,17 @@ impl Layout {
         &self.buffers
     }
 
+    /// The same with Xavier-uniform matrices in place of normal ones of deviation 0.02.
+    pub fn with_xavier(&self) -> Layout {
+        let mut layout = self.clone();
+        for entry in &mut layout.params {
+            if let (Init::NORMAL_02, &[fan_out, fan_in], true) = (entry.init, &*entry.param.shape, entry.name.ends_with(".weight")) {
+                entry.init = Init::XavierUniform { fan_in, fan_out };
+            }
+        }
+        layout
+    }
+
     /// The number of trainable parameters.
     pub fn numel(&self) -> usize {
         self.params.iter().map(|e| e.param.numel()).sum()

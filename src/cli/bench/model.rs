@@ -55,6 +55,7 @@ impl BenchModel {
         if self.batch == 0 || self.repeat == 0 {
             return Err(Error::usage("--batch and --repeat: expected at least 1"));
         }
+        let empty = peak_resident();
         let model = Model::named(&self.name, CLASSES, self.image_size)?;
         let class_names = (0..CLASSES).map(|class| class.to_string()).collect();
         let classifier = Classification::new(&model, &FineTune { class_names, ..FineTune::default() })?;
@@ -114,7 +115,7 @@ impl BenchModel {
             &json!({
                 "name": model.variant.name, "mode": mode, "batch": self.batch, "image_size": model.size, "threads": threads,
                 "simd": simd::isa().name(), "recompute": self.recompute, "seconds": seconds, "images_per_second": rate, "gflops": gflops,
-                "fraction_of_peak": fraction, "peak_rss_bytes": resident, "peak_pool_bytes": activations,
+                "fraction_of_peak": fraction, "peak_rss_bytes": resident, "base_rss_bytes": empty, "peak_pool_bytes": activations,
             }),
         )
     }
