@@ -294,7 +294,7 @@ mod tests {
         for bytes in [1, 64, 65, 4000, 5000, LARGE - 1, LARGE, 1 << 20, (1 << 20) + 1, 100_000_003] {
             let class = size_class(bytes);
             assert!(class >= bytes && class.is_multiple_of(ALIGN), "{bytes} → {class}");
-            assert!(class - bytes <= (bytes / 8).min(LARGE / 8).max(ALIGN), "{bytes} → {class}");
+            assert!(class - bytes <= (bytes / 8).clamp(ALIGN, LARGE / 8), "{bytes} → {class}");
         }
     }
 
