@@ -92,29 +92,10 @@ impl Block {
     /// The block's output.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>, groups: &Groups, bias: Option<Bias<T>>) -> Result<(Tensor<T>, Saved<T>)> {
         let (normed, stats1) = self.norm1.forward(p, &x)?;
-        let (middle, attn, branch1) = match self.scale1 {
-            None => {
-                let (y, saved) = self.drop1.residual(p, &x, |residual| self.attn.forward(p, &normed, groups, bias, residual))?;
-                (y, saved, None)
-            }
-            Some(scale) => {
-                let (f, saved) = self.attn.forward(p, &normed, groups, bias, None)?;
-                let f = self.drop1.apply(p, f);
-                (scale.forward(p, &x, &f)?, saved, Some(f))
-            }
-        };
+        let (middle, attn, branch1) =
+            add_branch(p, self.drop1, self.scale1, &x, |residual| self.attn.forward(p, &normed, groups, bias, residual))?;
         let (normed, stats2) = self.norm2.forward(p, &middle)?;
-        let (y, mlp, branch2) = match self.scale2 {
-            None => {
-                let (y, saved) = self.drop2.residual(p, &middle, |residual| self.mlp.forward(p, &normed, residual))?;
-                (y, saved, None)
-            }
-            Some(scale) => {
-                let (f, saved) = self.mlp.forward(p, &normed, None)?;
-                let f = self.drop2.apply(p, f);
-                (scale.forward(p, &middle, &f)?, saved, Some(f))
-            }
-        };
+        let (y, mlp, branch2) = add_branch(p, self.drop2, self.scale2, &middle, |residual| self.mlp.forward(p, &normed, residual))?;
         Ok((y, Saved { x, stats1, attn, branch1, middle, stats2, mlp, branch2 }))
     }
 

@@ -101,14 +101,6 @@ impl Region {
     }
 }
 
-/// Where a block lies.
-#[derive(Clone, Copy)]
-enum Home {
-    Nowhere,
-    Heap,
-    Region(usize),
-}
-
 #[derive(Default)]
 struct Pool {
     small: BTreeMap<usize, Vec<Block>>,
@@ -155,11 +147,12 @@ pub fn start_peak() {
 }
 
 impl Pool {
-    fn take(&mut self, class: usize) -> (Home, NonNull<u8>) {
+    /// A block, and its region if it is a large one.
+    fn take(&mut self, class: usize) -> (usize, NonNull<u8>) {
         self.stats.live_bytes += class;
         self.stats.peak_bytes = self.stats.peak_bytes.max(self.stats.live_bytes);
         if class < LARGE {
-            return (Home::Heap, self.take_small(class));
+            return (0, self.take_small(class));
         }
         let gaps = self.regions.iter().enumerate().flat_map(|(i, region)| region.gaps.iter().map(move |(&offset, &len)| (len, i, offset)));
         let (region, offset) = match gaps.filter(|gap| gap.0 >= class).min() {
@@ -176,7 +169,7 @@ impl Pool {
                 (self.regions.len() - 1, 0)
             }
         };
-        (Home::Region(region), self.regions[region].take(offset, class))
+        (region, self.regions[region].take(offset, class))
     }
 
     fn take_small(&mut self, class: usize) -> NonNull<u8> {
@@ -190,17 +183,14 @@ impl Pool {
         Block::new(class).0
     }
 
-    fn give(&mut self, class: usize, home: Home, pointer: NonNull<u8>) {
+    fn give(&mut self, class: usize, region: usize, pointer: NonNull<u8>) {
         self.stats.live_bytes -= class;
-        match home {
-            Home::Nowhere => {}
-            Home::Region(region) => self.regions[region].give(pointer, class),
-            Home::Heap => {
-                self.small_bytes += class;
-                self.small.entry(class).or_default().push(Block(pointer));
-                self.trim_small(SLACK);
-            }
+        if class >= LARGE {
+            return self.regions[region].give(pointer, class);
         }
+        self.small_bytes += class;
+        self.small.entry(class).or_default().push(Block(pointer));
+        self.trim_small(SLACK);
     }
 
     /// Releases unused small blocks, largest first, until at most `keep` bytes of them are left.
@@ -225,7 +215,7 @@ pub struct Buffer<T: Float> {
     pointer: NonNull<T>,
     len: usize,
     class: usize,
-    home: Home,
+    region: usize,
     owns: PhantomData<T>,
 }
 
@@ -238,11 +228,11 @@ impl<T: Float> Buffer<T> {
     /// A buffer whose contents are whatever was last stored there (never uninitialised memory): for outputs that are written whole.
     pub fn scratch(len: usize) -> Self {
         if len == 0 {
-            return Buffer { pointer: NonNull::dangling(), len, class: 0, home: Home::Nowhere, owns: PhantomData };
+            return Buffer { pointer: NonNull::dangling(), len, class: 0, region: 0, owns: PhantomData };
         }
         let class = size_class(len.checked_mul(size_of::<T>()).expect("a buffer smaller than the address space"));
-        let (home, pointer) = with_pool(|pool| pool.take(class));
-        Buffer { pointer: pointer.cast(), len, class, home, owns: PhantomData }
+        let (region, pointer) = with_pool(|pool| pool.take(class));
+        Buffer { pointer: pointer.cast(), len, class, region, owns: PhantomData }
     }
 
     /// A buffer of zeros.
@@ -256,7 +246,7 @@ impl<T: Float> Buffer<T> {
 impl<T: Float> Drop for Buffer<T> {
     fn drop(&mut self) {
         if self.class > 0 {
-            with_pool(|pool| pool.give(self.class, self.home, self.pointer.cast()));
+            with_pool(|pool| pool.give(self.class, self.region, self.pointer.cast()));
         }
     }
 }
