@@ -20,6 +20,14 @@ import time
 
 from bench_torch import TIMM, peak_rss
 
+# karat's small networks for images of 32 pixels: the timm network that each is a variant of, and how it differs.
+SMALL = {
+    "vit_micro": ("vit_tiny_patch16_224", dict(patch_size=4, embed_dim=144, depth=6, num_heads=6)),
+    "swin_micro": ("swin_tiny_patch4_window7_224", dict(patch_size=2, window_size=4, embed_dim=48, depths=(2, 2, 2), num_heads=(3, 6, 12))),
+    "xcit_micro": ("xcit_nano_12_p8_224", dict(embed_dim=96, depth=4, num_heads=4, cls_attn_layers=1)),
+    "cait_micro": ("cait_xxs24_224", dict(patch_size=4, embed_dim=96, depth=6, num_heads=4)),
+    "beit_micro": ("beit_base_patch16_224", dict(patch_size=4, embed_dim=144, depth=6, num_heads=6)),
+}
 KARAT = pathlib.Path(__file__).resolve().parent.parent / "target" / "release" / "karat"
 
 
@@ -36,8 +44,9 @@ def worker(connection, name: str, mode: str, variant: str, batch: int, threads: 
 
         torch._inductor.config.freezing = True
     train = mode == "train"
-    model = timm.create_model(name, pretrained=False).train(train)
-    size = model.default_cfg["input_size"][-1]
+    timm_name, changes = SMALL.get(name, (name, {}))
+    size = 32 if name in SMALL else timm.get_pretrained_cfg(name).input_size[-1]
+    model = timm.create_model(timm_name, pretrained=False, **(changes and {"img_size": size, **changes})).train(train)
     images, target = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
     run = model if variant == "eager" else torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True) if train else None
@@ -100,7 +109,7 @@ def karat(name: str, mode: str, args) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--names", nargs="+", default=TIMM, metavar="NAME")
+    parser.add_argument("--names", nargs="+", default=TIMM, metavar="NAME", help="of timm, or " + ", ".join(SMALL))
     parser.add_argument("--modes", nargs="+", default=["infer", "train"], choices=["infer", "train"])
     parser.add_argument("--variants", nargs="+", default=["eager", "compile", "frozen"], choices=["eager", "compile", "frozen"])
     parser.add_argument("--rounds", type=int, default=3)

@@ -305,7 +305,8 @@ fn learns() {
     assert_eq!(best.need_meta("top1").unwrap().parse::<f64>().unwrap(), most);
 }
 
-/// MAE's encoder arrives in the classifier of its fine-tuning, tensor by tensor; head and `fc_norm` stay new.
+/// MAE's encoder arrives in the classifier of its fine-tuning, plain or made hierarchical as HPViT does it, tensor by tensor; head and
+/// `fc_norm` stay new.
 #[test]
 fn pretrained_encoders() {
     let folder = tempfile::tempdir().unwrap();
@@ -315,19 +316,21 @@ fn pretrained_encoders() {
     Trainer::new(&*mae, &data, config).unwrap().save(folder.path()).unwrap();
     let file = Checkpoint::open(folder.path().join(CHECKPOINT)).unwrap();
     let finetune = FineTune { network: finetuning_network("mae", "vit_micro").1, ..settings() };
-    let load = |finetune: &FineTune, size| {
-        let model = finetune.model("vit_micro", size).unwrap();
+    let load = |name, finetune: &FineTune, size| {
+        let model = finetune.model(name, size).unwrap();
         let mut params = Params::init(&model.build().unwrap().layout, 9);
         transfer(&file, &model, &mut params).map(|loaded| (params, loaded))
     };
-    let (params, loaded) = load(&finetune, 8).unwrap();
-    assert_eq!(loaded.fresh, ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"]);
-    assert!(loaded.dropped.contains(&"decoder_pred.weight".into()) && loaded.dropped.contains(&"mask_token".into()));
-    for entry in params.layout().params().iter().filter(|e| !loaded.fresh.contains(&e.name)) {
-        assert!(params.get(entry.param) == file.tensor(&entry.name).unwrap().data(), "{}", entry.name);
+    for (name, size, resized) in [("vit_micro", 8, &[][..]), ("vit_micro", 16, &["pos_embed"]), ("hpvit_micro", 32, &["pos_embed"])] {
+        let (params, loaded) = load(name, &finetune, size).unwrap();
+        assert_eq!(loaded.fresh, ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"], "{name}");
+        assert_eq!(loaded.resized, resized, "{name}");
+        assert!(loaded.dropped.contains(&"decoder_pred.weight".into()) && loaded.dropped.contains(&"mask_token".into()));
+        for entry in params.layout().params().iter().filter(|e| !loaded.fresh.contains(&e.name) && !resized.contains(&&*e.name)) {
+            assert!(params.get(entry.param) == file.tensor(&entry.name).unwrap().data(), "{name}: {}", entry.name);
+        }
     }
-    assert_eq!(load(&finetune, 16).unwrap().1.resized, ["pos_embed"]);
-    let error = load(&settings(), 8).err().unwrap().to_string();
+    let error = load("vit_micro", &settings(), 8).err().unwrap().to_string();
     assert!(error.contains("no pre-trained encoder of `vit_micro`") && error.contains("wrong shape"), "{error}");
 }
 

@@ -28,6 +28,9 @@ pub struct Transfer {
     /// Folders of pre-training runs
     #[arg(required = true, value_name = "RUN")]
     runs: Vec<PathBuf>,
+    /// The classifier [default: the network that was pre-trained]
+    #[arg(long, value_name = "NAME")]
+    model: Option<String>,
     /// Labelled images, as many of each class
     #[arg(long, value_name = "N", default_value_t = 1000)]
     labels: usize,
@@ -90,6 +93,7 @@ impl Transfer {
         }
         let options = Finetune {
             from: Some(folder.into()),
+            model: self.model.clone(),
             data: self.data.clone(),
             epochs: self.steps.is_none().then_some(self.epochs),
             steps: self.steps,
@@ -104,7 +108,7 @@ impl Transfer {
         };
         let network = &pretraining.model;
         let (mut config, start) = options.config().map_err(|error| match error {
-            Error::Unknown { kind: "model", .. } => {
+            Error::Unknown { kind: "model", .. } if self.model.is_none() => {
                 file.error(format!("{network} has no classifier; `karat list models` has the networks that do"))
             }
             other => other,

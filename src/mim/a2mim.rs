@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::kernel::{elementwise, reduce, rows};
 use crate::model::beit::{with_class_token, with_class_token_backward, without_class_token, without_class_token_backward};
 use crate::model::beit_block::{self, Block, a2mim_settings};
+use crate::model::network::weight_init;
 use crate::model::resnet::{self, Trunk};
 use crate::model::swin_ops::mean_tokens;
 use crate::nn::batch_norm::Updates;
@@ -234,6 +235,7 @@ impl A2mim {
             Ok((encoder, token, neck, cell))
         };
         let ((encoder, token, neck, cell), layout) = Layout::build(build)?;
+        let layout = weight_init(layout, config)?;
         let fill = config.str_or("fill", "mean")?;
         if !["mean", "none"].contains(&fill) {
             return Err(Error::config("fill", format!("expected \"mean\" or \"none\", found \"{fill}\"")));

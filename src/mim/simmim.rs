@@ -15,6 +15,7 @@ use super::{MaskedModel, Reconstruction};
 use crate::case::{Config, Draw, Operation, Run};
 use crate::error::{Error, Result};
 use crate::kernel::{elementwise, reduce};
+use crate::model::network::weight_init;
 use crate::nn::{Batch, Layout, Loss, Names, Objective, Params, StepKey};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
@@ -130,6 +131,7 @@ impl SimMim {
             Ok((encoder, decoder))
         };
         let ((encoder, decoder), layout) = Layout::build(build)?;
+        let layout = weight_init(layout, config)?;
         let mask_patch =
             config.usize_or("mask_patch_size", if image.is_multiple_of(32) && 32usize.is_multiple_of(patch) { 32 } else { stride })?;
         let mask_ratio = config.f64_or("mask_ratio", 0.6)?;

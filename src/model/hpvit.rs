@@ -438,9 +438,10 @@ pub static FAMILY: Family = Family {
             gmacs: Some(191.0),
         },
         Variant {
+            // The construction for `vit_micro`.
             name: "hpvit_micro",
             also: &[],
-            config: r#"{"embed_dim": 96, "depths": [2, 2, 1], "num_heads": 4, "mlp_ratio": 3.0, "window_sizes": [4, 0, 0], "patch_kernel": 4, "patch_stride": 2}"#,
+            config: r#"{"embed_dim": 144, "depths": [2, 2, 2], "num_heads": 6, "window_sizes": [4, 0, 0], "patch_kernel": 4, "patch_stride": 2, "weight_init": "xavier"}"#,
             eval: Eval::SMALL,
             params: None,
             gmacs: None,

@@ -79,6 +79,11 @@ impl Block {
         Ok(Block { norm1, attn, scale1, drop1, norm2, mlp, scale2, drop2 })
     }
 
+    /// The same, but the backward pass computes the hidden units again.
+    pub fn recompute_hidden(self) -> Self {
+        Block { mlp: self.mlp.recomputed(), ..self }
+    }
+
     /// The cost for `b` images of `n` tokens over `groups`.
     pub fn cost(settings: &BlockSettings, b: usize, n: usize, groups: &Groups) -> Result<Cost> {
         let dim = settings.attention.dim;

@@ -1,8 +1,6 @@
 //! The published networks by name, each family's beside its architecture, and small ones for small images.
 
-use std::sync::Arc;
-
-use super::network::Built;
+use super::network::{Built, weight_init};
 use super::weights::Rules;
 use crate::case::{self, Config};
 use crate::data::Transform;
@@ -154,19 +152,13 @@ impl Model {
         }
     }
 
-    /// Builds it. The key `weight_init: "xavier"` is for narrow networks that start from scratch: the published deviation of 0.02 is
-    /// made for widths of many hundreds, with 100 the branches begin as almost nothing.
+    /// Builds it, with the [`weight_init`] of its configuration.
     ///
     /// # Errors
-    /// If the architecture does not allow the image size, or `weight_init` is something else.
+    /// If the architecture does not allow the image size, or `weight_init` is not known.
     pub fn build(&self) -> Result<Built> {
-        let mut built = (self.family.build)(&self.config)?;
-        match self.config.str_or("weight_init", "published")? {
-            "published" => {}
-            "xavier" => built.layout = Arc::new(built.layout.with_xavier()),
-            other => return Err(Error::config("weight_init", format!("expected published or xavier, found `{other}`"))),
-        }
-        Ok(built)
+        let Built { network, layout } = (self.family.build)(&self.config)?;
+        Ok(Built { network, layout: weight_init(layout, &self.config)? })
     }
 
     /// Multiply-adds of a forward pass over one image.

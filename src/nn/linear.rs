@@ -96,8 +96,8 @@ impl Linear {
         Ok((h, a))
     }
 
-    /// `GELU(x Wᵀ + b)`, where no backward pass follows.
-    pub fn infer_gelu<T: Float>(&self, p: &Params<T>, x: &Tensor<T>) -> Result<Tensor<T>> {
+    /// `GELU(x Wᵀ + b)` alone.
+    pub fn gelu<T: Float>(&self, p: &Params<T>, x: &Tensor<T>) -> Result<Tensor<T>> {
         let rows = self.rows("input of a linear layer", x, self.inputs)?;
         let mut a = Tensor::scratch(x.shape().with_last(self.outputs));
         self.product(p, x, &mut a, rows, None, Activation::GeluOnly);

@@ -91,13 +91,13 @@ impl Metrics {
     pub fn push(&mut self, r: &StepReport) -> Result<()> {
         writeln!(
             self.file,
-            "{{\"step\":{},\"epoch\":{},\"loss\":{},\"lr\":{:e},\"grad_norm\":{},\"images_per_second\":{:.1}}}",
+            "{{\"step\":{},\"epoch\":{},\"loss\":{},\"lr\":{:e},\"grad_norm\":{},\"images_per_second\":{}}}",
             r.step,
             r.epoch,
             r.loss as f32,
             r.lr,
             r.grad_norm as f32,
-            r.images_per_second()
+            r.images_per_second() as f32
         )
         .map_err(|e| Error::io(&self.path, e))
     }
