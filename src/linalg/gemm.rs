@@ -201,6 +201,7 @@ pub(super) struct RawEpilogue<'a, T> {
 
 enum RawActivation<T> {
     None,
+    Relu,
     GeluOnly,
     Gelu { out: Shared<T>, stride: usize },
     GeluBackward { hidden: Shared<T>, stride: usize },
@@ -215,6 +216,7 @@ impl<'a, T: Float> RawEpilogue<'a, T> {
         epilogue.residual.iter().for_each(fits);
         let activation = match epilogue.activation {
             Activation::None => RawActivation::None,
+            Activation::Relu => RawActivation::Relu,
             Activation::GeluOnly => RawActivation::GeluOnly,
             Activation::Gelu { mut out } => {
                 assert!(out.rows() == m && out.cols() == n, "activation shape");
@@ -239,6 +241,7 @@ impl<'a, T: Float> RawEpilogue<'a, T> {
             match &self.activation {
                 RawActivation::None if self.bias.is_none() && self.residual.is_none() => {}
                 RawActivation::None => self.finish_as::<V, PLAIN>(c, c_row, rows, cols, (Shared(c), 0)),
+                RawActivation::Relu => self.finish_as::<V, RELU>(c, c_row, rows, cols, (Shared(c), 0)),
                 RawActivation::GeluOnly => self.finish_as::<V, GELU_ONLY>(c, c_row, rows, cols, (Shared(c), 0)),
                 RawActivation::Gelu { out, stride } => self.finish_as::<V, GELU>(c, c_row, rows, cols, (*out, *stride)),
                 RawActivation::GeluBackward { hidden, stride } => {
@@ -272,7 +275,9 @@ impl<'a, T: Float> RawEpilogue<'a, T> {
                 if let Some(residual) = &self.residual {
                     x = x + part(residual, r, j, width);
                 }
-                if KIND == GELU_ONLY {
+                if KIND == RELU {
+                    x = x.max(V::splat(T::ZERO));
+                } else if KIND == GELU_ONLY {
                     x = x.gelu();
                 } else if KIND != PLAIN {
                     // SAFETY: the view's extent was checked in `new`; this part of it is ours alone.
@@ -297,6 +302,7 @@ const PLAIN: u8 = 0;
 const GELU: u8 = 1;
 const GELU_BACKWARD: u8 = 2;
 const GELU_ONLY: u8 = 3;
+const RELU: u8 = 4;
 
 // Functions and not closures, which a kernel compiled for AVX need not inline.
 
@@ -489,26 +495,16 @@ impl Kernel<f32> for Pack<'_> {
 }
 
 /// All panels of a packed operand.
-struct PackAll<'a> {
-    b: Mat<'a, f32>,
-    out: &'a mut [f32],
-}
-
-impl Kernel<f32> for PackAll<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<V: Vector<f32>>(self) {
-        let (n, vectors) = (self.b.cols(), V::TILE.vectors);
-        for p in 0..n.div_ceil(vectors * LANES) {
-            let (first, v) = panel(n, vectors, p);
-            pack_panel::<V>(self.b, first, v, &mut self.out[self.b.rows() * first..]);
-        }
-    }
-}
-
 pub(super) fn pack_f32(b: Mat<f32>, out: &mut [f32]) {
-    f32::dispatch(PackAll { b, out });
+    let (k, n, isa) = (b.rows(), b.cols(), simd::isa());
+    // SAFETY: `simd::isa` returns what this machine has.
+    let tile = unsafe { tile_shape_on(isa) };
+    let pack = |(p, out): (usize, &mut [f32])| {
+        let (first, vectors) = panel(n, tile.vectors, p);
+        // SAFETY: as above.
+        unsafe { simd::dispatch_f32_on(isa, Pack { b, first, vectors, out }) };
+    };
+    each_chunk(k * n >= PARALLEL_FROM, &mut out[..micro::packed_len(k, n)], (k * tile.vectors * LANES).max(1), pack);
 }
 
 pub(super) fn multiply_packed_f32(a: Mat<f32>, packed: &[f32], mut c: MatMut<f32>, add: bool) {

@@ -43,6 +43,8 @@ pub enum Activation<'a, T> {
     /// C is the sum.
     #[default]
     None,
+    /// C is `max(sum, 0)`.
+    Relu,
     /// C is `GELU` of the sum.
     GeluOnly,
     /// C is the sum `h`, `out` becomes `GELU(h)`.

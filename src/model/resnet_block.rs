@@ -14,7 +14,7 @@ use crate::kernel::elementwise;
 use crate::nn::batch_norm::Updates;
 use crate::nn::conv_norm::{self, NormInput, Then};
 use crate::nn::maps::{channels_first, channels_last};
-use crate::nn::{BatchNorm2d, Conv2d, ConvSettings, DropPath, Layout, Names, Params};
+use crate::nn::{BatchNorm2d, Conv2d, ConvSettings, DropPath, Layout, Names, Params, Pass};
 use crate::tensor::random::Rng;
 use crate::tensor::{Float, Tensor};
 
@@ -167,15 +167,19 @@ impl Block {
 
     /// `[B, H, W, in]` → `[B, H', W', out]`.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: Tensor<T>, training: bool) -> Result<(Tensor<T>, Saved<T>)> {
+        if p.pass() == Pass::Infer && !training {
+            let nothing = || Tensor::zeros([0]);
+            return Ok((self.infer(p, &x)?, Saved { x: nothing(), branch: Vec::new(), shortcut: None, y: nothing() }));
+        }
         let mut branch = Vec::with_capacity(self.branch.len());
-        let mut at = x.clone();
+        let mut at = None;
         for (i, part) in self.branch.iter().enumerate() {
             let then = if i + 1 < self.branch.len() { Then::Relu } else { Then::Identity };
-            let (next, saved) = part.forward(p, &at, training, then)?;
+            let (next, saved) = part.forward(p, at.as_ref().unwrap_or(&x), training, then)?;
             branch.push(saved);
-            at = next;
+            at = Some(next);
         }
-        let mut y = self.drop.apply(p, at);
+        let mut y = self.drop.apply(p, at.unwrap_or_else(|| x.clone()));
         let shortcut = match &self.shortcut {
             None => {
                 elementwise::add_relu(y.data_mut(), x.data(), T::ONE);
@@ -188,6 +192,20 @@ impl Block {
             }
         };
         Ok((y.clone(), Saved { x, branch, shortcut, y }))
+    }
+
+    /// The output, where every norm is part of its convolution, and sum and ReLU are part of the last one.
+    fn infer<T: Float>(&self, p: &Params<T>, x: &Tensor<T>) -> Result<Tensor<T>> {
+        let run = |part: &ConvNorm, x: &Tensor<T>, residual: Option<&Tensor<T>>, then| {
+            conv_norm::infer((&part.conv, p), (&part.norm, p), x, residual, then)
+        };
+        let shortcut = self.shortcut.as_ref().map(|part| run(part, x, None, Then::Identity)).transpose()?;
+        let mut at = None;
+        for (i, part) in self.branch.iter().enumerate() {
+            let last = i + 1 == self.branch.len();
+            at = Some(run(part, at.as_ref().unwrap_or(x), last.then_some(shortcut.as_ref().unwrap_or(x)), Then::Relu)?);
+        }
+        Ok(at.unwrap_or_else(|| x.clone()))
     }
 
     /// All gradients; returns `dx`.

@@ -3,20 +3,24 @@
 //! `y[b, i, j, o] = bias[o] + Σ_{c,u,v} weight[o, c, u, v] x[b, i s − p + u d, j s − p + v d, g(o) C/groups + c]`, zero outside the map.
 //!
 //! 1×1 with stride 1 is a matrix product. Else the windows of a few megabytes' worth of output pixels become rows of a matrix
-//! `[pixels, (u, v, c)]`, times the weight in the same order; `dx` is `dy W` put back, `dW = dyᵀ windows`, `db = Σ dy`. Groups are done one
+//! `[pixels, (u, v, c)]`, times the weight in the same order. `dx` is, with stride 1, the convolution of `dy` by the kernel turned around,
+//! else `dy W` put back; `dWᵀ = windowsᵀ dy`, `db = Σ dy`. Groups are done one
 //! by one on strided operands; one channel per group goes to [`depthwise`].
 
 use std::ops::Range;
+use std::sync::Arc;
+
+use rayon::prelude::*;
 
 use super::maps::{channels_first, channels_last};
 use super::param::{Init, Layout, Names, Param, Params};
 use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::{Error, Result};
-use crate::kernel::depthwise;
+use crate::kernel::{depthwise, elementwise};
 use crate::kernel::im2col::{Geometry, Lines, col2im, im2col};
 use crate::kernel::maps::{Map, MapMut, transpose};
 use crate::kernel::reduce::add_column_sums;
-use crate::linalg::{Epilogue, Mat, MatMut, gemm};
+use crate::linalg::{Activation, Epilogue, Mat, MatMut, Packed, gemm, gemm_packed};
 use crate::tensor::random::Rng;
 use crate::tensor::{Buffer, Float, Tensor};
 
@@ -72,6 +76,31 @@ impl ConvSettings {
 
     fn geometry(&self) -> Geometry {
         Geometry { kernel: self.kernel, stride: self.stride, padding: self.padding, dilation: self.dilation }
+    }
+}
+
+/// What follows a convolution.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Then {
+    /// Nothing.
+    #[default]
+    Identity,
+    /// `max(y, 0)`.
+    Relu,
+    /// GELU.
+    Gelu,
+}
+
+/// What is done to a convolution's output: `then(y + bias + residual)`.
+pub(super) struct Tail<'a, T: Float> {
+    pub bias: Option<&'a [T]>,
+    pub residual: Option<&'a Tensor<T>>,
+    pub then: Then,
+}
+
+impl<T: Float> Default for Tail<'_, T> {
+    fn default() -> Self {
+        Tail { bias: None, residual: None, then: Then::Identity }
     }
 }
 
@@ -139,7 +168,7 @@ impl Conv2d {
         Ok(Cost { flops: 2 * outputs * self.settings.fan_in(), activation_bytes: 4 * outputs })
     }
 
-    fn is_depthwise(&self) -> bool {
+    pub(super) fn is_depthwise(&self) -> bool {
         let ConvSettings { inputs, outputs, groups, .. } = self.settings;
         groups > 1 && groups == inputs && outputs == inputs
     }
@@ -167,13 +196,6 @@ impl Conv2d {
         [self.settings.inputs / self.settings.groups, self.settings.outputs / self.settings.groups]
     }
 
-    /// The weight `[out, (u, v, c)]`.
-    fn by_window<T: Float>(&self, weight: &[T]) -> Buffer<T> {
-        let mut out = Buffer::scratch(weight.len());
-        transpose(&mut out, weight, self.settings.outputs, self.per_group()[0], self.geometry.taps());
-        out
-    }
-
     /// For each group: its number, the rows of its weight, its first input channel.
     fn groups(&self) -> impl Iterator<Item = (usize, Range<usize>, usize)> {
         let [inputs, outputs] = self.per_group();
@@ -183,39 +205,71 @@ impl Conv2d {
 
     /// `[B, H, W, in]` → `[B, H', W', out]`.
     pub fn forward<T: Float>(&self, p: &Params<T>, x: &Tensor<T>) -> Result<Tensor<T>> {
-        self.forward_with(p.get(self.weight), self.bias.map(|b| p.get(b)), x)
+        let bias = self.bias.map(|b| p.get(b));
+        if self.is_depthwise() {
+            return self.forward_depthwise(p.get(self.weight), bias, x);
+        }
+        self.forward_dense(&self.operands(p.get(self.weight)), Tail { bias, ..Tail::default() }, x)
     }
 
-    /// [`forward`](Self::forward) with another weight and bias of the same shapes; the bias need not be registered.
-    pub(super) fn forward_with<T: Float>(&self, weight: &[T], bias: Option<&[T]>, x: &Tensor<T>) -> Result<Tensor<T>> {
-        let (size, out @ [b, oh, ow, all]) = self.sizes(x)?;
+    /// [`forward`](Self::forward) of one channel per group, with another weight and bias.
+    pub(super) fn forward_depthwise<T: Float>(&self, weight: &[T], bias: Option<&[T]>, x: &Tensor<T>) -> Result<Tensor<T>> {
+        let (size, out) = self.sizes(x)?;
         let mut y = Tensor::scratch(out);
-        if self.is_depthwise() {
-            depthwise::forward(MapMut::new(y.data_mut(), out), Map::new(x.data(), size), weight, bias, self.geometry);
-            return Ok(y);
-        }
+        depthwise::forward(MapMut::new(y.data_mut(), out), Map::new(x.data(), size), weight, bias, self.geometry);
+        Ok(y)
+    }
+
+    /// What the windows of one group are multiplied by: its weight as `[(u, v, c), out]`.
+    pub(super) fn operand<T: Float>(&self, weight: &[T]) -> Packed<T> {
         let ([inputs, outputs], len) = (self.per_group(), self.settings.fan_in());
-        let weight = self.by_window(weight);
-        let mut product = |a: Mat<T>, first: usize, g: usize, w: Range<usize>| {
+        let mut by_window = Buffer::scratch(weight.len());
+        transpose(&mut by_window, weight, outputs, inputs, self.geometry.taps());
+        Packed::new(Mat::new(&by_window, outputs, len).t())
+    }
+
+    /// The [`operand`](Self::operand) of each group.
+    pub(super) fn operands<T: Float>(&self, weight: &[T]) -> Vec<Arc<Packed<T>>> {
+        self.groups().map(|(_, w, _)| Arc::new(self.operand(&weight[w]))).collect()
+    }
+
+    /// [`forward`](Self::forward) with other [`operands`](Self::operands), and what comes after.
+    pub(super) fn forward_dense<T: Float>(&self, operands: &[Arc<Packed<T>>], tail: Tail<T>, x: &Tensor<T>) -> Result<Tensor<T>> {
+        let (size, out @ [b, oh, ow, all]) = self.sizes(x)?;
+        if let Some(residual) = tail.residual {
+            residual.expect_shape("what is added to a convolution", out)?;
+        }
+        let mut y = Tensor::scratch(out);
+        let ([inputs, outputs], len) = (self.per_group(), self.settings.fan_in());
+        let mut product = |a: Mat<T>, first: usize, g: usize| {
             let rows = a.rows();
             let from = (first * all + g * outputs).min(y.data().len());
             let c = MatMut::strided(&mut y.data_mut()[from..], rows, outputs, all);
-            let bias = bias.map(|b| &b[g * outputs..(g + 1) * outputs]);
-            gemm(a, Mat::new(&weight[w], outputs, len).t(), c, Epilogue { bias, ..Epilogue::default() });
+            let epilogue = Epilogue {
+                bias: tail.bias.map(|b| &b[g * outputs..(g + 1) * outputs]),
+                residual: tail.residual.map(|r| Mat::strided(&r.data()[from..], rows, outputs, all, 1)),
+                activation: match tail.then {
+                    Then::Identity => Activation::None,
+                    Then::Relu => Activation::Relu,
+                    Then::Gelu => Activation::GeluOnly,
+                },
+                ..Epilogue::default()
+            };
+            gemm_packed(a, &operands[g], c, epilogue);
         };
         if self.geometry.is_pointwise() {
             let pixels = b * oh * ow;
-            for (g, w, from) in self.groups() {
-                product(Mat::new(x.data(), pixels, self.settings.inputs).cols_from(from, inputs), 0, g, w);
+            for (g, _, from) in self.groups() {
+                product(Mat::new(x.data(), pixels, self.settings.inputs).cols_from(from, inputs), 0, g);
             }
             return Ok(y);
         }
         for lines in self.blocks(out) {
             let rows = lines.count * ow;
             let mut windows = Buffer::scratch(rows * len);
-            for (g, w, from) in self.groups() {
+            for (g, _, from) in self.groups() {
                 im2col(&mut windows, Map::new(x.data(), size), [from, inputs], self.geometry, lines, [oh, ow]);
-                product(Mat::new(&windows, rows, len), lines.first * ow, g, w);
+                product(Mat::new(&windows, rows, len), lines.first * ow, g);
             }
         }
         Ok(y)
@@ -231,19 +285,12 @@ impl Conv2d {
             depthwise::backward_input(MapMut::new(dx.data_mut(), size), Map::new(dy.data(), out), p.get(self.weight), self.geometry);
             return Ok(dx);
         }
-        let ([inputs, outputs], len) = (self.per_group(), self.settings.fan_in());
-        let weight = self.by_window(p.get(self.weight));
-        if self.geometry.is_pointwise() {
-            let mut dx = Tensor::scratch(size);
-            let pixels = b * oh * ow;
-            for (g, w, from) in self.groups() {
-                let a = Mat::new(dy.data(), pixels, all).cols_from(g * outputs, outputs);
-                let from = from.min(dx.data().len());
-                let c = MatMut::strided(&mut dx.data_mut()[from..], pixels, inputs, self.settings.inputs);
-                gemm(a, Mat::new(&weight[w], outputs, len), c, Epilogue::default());
-            }
-            return Ok(dx);
+        if let Some((adjoint, operands)) = self.adjoint(p, [oh, ow], [size[1], size[2]]) {
+            return adjoint.forward_dense(&operands, Tail::default(), dy);
         }
+        let ([inputs, outputs], len) = (self.per_group(), self.settings.fan_in());
+        let mut weight = Buffer::scratch(self.weight.numel());
+        transpose(&mut weight, p.get(self.weight), self.settings.outputs, inputs, self.geometry.taps());
         let mut dx = Tensor::zeros(size);
         for lines in self.blocks(out) {
             let rows = lines.count * ow;
@@ -255,6 +302,34 @@ impl Conv2d {
             }
         }
         Ok(dx)
+    }
+
+    /// With stride 1, `dx` is a convolution of `dy` by the kernel turned around: that convolution and its operands.
+    fn adjoint<T: Float>(&self, p: &Params<T>, from: [usize; 2], to: [usize; 2]) -> Option<(Conv2d, Vec<Arc<Packed<T>>>)> {
+        let ConvSettings { kernel, stride, padding, dilation, .. } = self.settings;
+        let pad = |axis: usize| (dilation[axis] * (kernel[axis] - 1)).checked_sub(padding[axis]);
+        let settings = ConvSettings {
+            inputs: self.settings.outputs,
+            outputs: self.settings.inputs,
+            padding: [pad(0)?, pad(1)?],
+            ..self.settings
+        };
+        let adjoint = Conv2d { settings, geometry: settings.geometry(), bias: None, weight: self.weight };
+        if stride != [1, 1] || adjoint.output_size(from).ok()? != to {
+            return None;
+        }
+        let ([inputs, outputs], taps) = (self.per_group(), self.geometry.taps());
+        let operand = |w: Range<usize>| {
+            let mut by_window = Buffer::scratch(w.len());
+            transpose(&mut by_window, &p.get(self.weight)[w], outputs, inputs, taps);
+            let mut turned = Buffer::scratch(by_window.len());
+            turned.par_chunks_exact_mut(inputs).enumerate().for_each(|(i, row)| {
+                let (tap, o) = (i / outputs, i % outputs);
+                row.copy_from_slice(&by_window[(o * taps + taps - 1 - tap) * inputs..][..inputs]);
+            });
+            Arc::new(Packed::new(Mat::new(&turned, taps * outputs, inputs)))
+        };
+        Some((adjoint, self.groups().map(|(_, w, _)| operand(w)).collect()))
     }
 
     /// `dW` and `db`, added to.
@@ -284,6 +359,7 @@ impl Conv2d {
             }
             return Ok(());
         }
+        // `windowsᵀ dy`: what the product packs is `dy`, a kernel's size smaller than the windows.
         let mut dw = Buffer::zeros(self.weight.numel());
         for lines in self.blocks(out) {
             let rows = lines.count * ow;
@@ -291,12 +367,13 @@ impl Conv2d {
             for (group, w, from) in self.groups() {
                 im2col(&mut windows, Map::new(x.data(), size), [from, inputs], self.geometry, lines, [oh, ow]);
                 let dy = dy.rows_from(lines.first * ow, rows).cols_from(group * outputs, outputs);
-                gemm(dy.t(), Mat::new(&windows, rows, len), MatMut::new(&mut dw[w], outputs, len), accumulate());
+                gemm(Mat::new(&windows, rows, len).t(), dy, MatMut::new(&mut dw[w], len, outputs), accumulate());
             }
         }
-        let mut as_published = Buffer::scratch(dw.len());
-        transpose(&mut as_published, &dw, self.settings.outputs, self.geometry.taps(), inputs);
-        g.get_mut(self.weight).iter_mut().zip(as_published.iter()).for_each(|(a, &b)| *a += b);
+        let [mut by_window, mut as_published] = [Buffer::scratch(dw.len()), Buffer::scratch(dw.len())];
+        transpose(&mut by_window, &dw, self.settings.groups, len, outputs);
+        transpose(&mut as_published, &by_window, self.settings.outputs, self.geometry.taps(), inputs);
+        elementwise::add(g.get_mut(self.weight), &as_published);
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 use super::param::{Init, Names, Param, Params};
 use crate::error::{Error, Result};
 use crate::kernel::reduce::add_column_sums;
-use crate::linalg::{Activation, Epilogue, Mat, MatMut, gemm, gemm_packed};
+use crate::linalg::{Activation, Epilogue, Mat, MatMut, Packed, gemm, gemm_packed};
 use crate::tensor::{Float, Tensor};
 
 /// A linear layer over the last axis: `weight` `[out, in]`, `bias` `[out]`.
@@ -116,7 +116,7 @@ impl Linear {
     ) {
         let epilogue = Epilogue { bias: self.bias.map(|b| p.get(b)), residual, activation, ..Epilogue::default() };
         let (x, y) = (Mat::new(x.data(), rows, self.inputs), MatMut::new(y.data_mut(), rows, self.outputs));
-        match p.packed(self.weight, || self.weight_matrix(p).t()) {
+        match p.packed(self.weight, || Packed::new(self.weight_matrix(p).t())) {
             Some(weight) => gemm_packed(x, &weight, y, epilogue),
             None => gemm(x, self.weight_matrix(p).t(), y, epilogue),
         }

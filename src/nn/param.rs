@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use super::pass::{Pass, Watch};
 use crate::error::{Error, Result};
-use crate::linalg::{Mat, Packed};
+use crate::linalg::Packed;
 use crate::simd::{self, Isa};
 use crate::tensor::random::{Purpose, Rng};
 use crate::tensor::{Buffer, Float, Shape, Tensor};
@@ -290,15 +290,16 @@ impl<T: Float> Params<T> {
         Params { packed: Some(PackedWeights::default()), ..self.clone() }
     }
 
-    /// The matrix of one parameter packed, if these parameters are [`packing`](Self::packing).
-    pub(super) fn packed<'a>(&'a self, param: Param, matrix: impl FnOnce() -> Mat<'a, T>) -> Option<Arc<Packed<T>>> {
+    /// What `pack` makes of one parameter, kept if these parameters are [`packing`](Self::packing). It may depend on other parameters, too,
+    /// but not on anything else, and is the same in every call.
+    pub(super) fn packed(&self, param: Param, pack: impl FnOnce() -> Packed<T>) -> Option<Arc<Packed<T>>> {
         let kept = self.packed.as_ref()?;
         let key = (param.offset, simd::isa());
         if let Some(found) = kept.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Some(Arc::clone(found));
         }
         // Two threads may pack the same weights; both get the same numbers.
-        let packed = Arc::new(Packed::new(matrix()));
+        let packed = Arc::new(pack());
         kept.write().unwrap_or_else(PoisonError::into_inner).insert(key, Arc::clone(&packed));
         Some(packed)
     }
@@ -320,6 +321,7 @@ impl<T: Float> Params<T> {
 
     /// The values of one buffer, to be changed.
     pub fn buffer_mut(&mut self, buffer: Param) -> &mut [T] {
+        self.forget_packed();
         &mut Arc::make_mut(&mut self.buffers)[buffer.offset..buffer.offset + buffer.numel()]
     }
 
@@ -337,11 +339,16 @@ impl<T: Float> Params<T> {
 
     /// All trainable values, to be changed.
     pub fn flat_mut(&mut self) -> &mut [T] {
+        self.forget_packed();
+        let values: &mut Buffer<T> = Arc::make_mut(&mut self.values);
+        values
+    }
+
+    /// What was packed is out of date.
+    fn forget_packed(&mut self) {
         if let Some(packed) = &mut self.packed {
             *packed = PackedWeights::default();
         }
-        let values: &mut Buffer<T> = Arc::make_mut(&mut self.values);
-        values
     }
 
     /// A copy of one parameter as a tensor.
