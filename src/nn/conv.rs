@@ -16,10 +16,10 @@ use super::maps::{channels_first, channels_last};
 use super::param::{Init, Layout, Names, Param, Params};
 use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::{Error, Result};
-use crate::kernel::{depthwise, elementwise};
 use crate::kernel::im2col::{Geometry, Lines, col2im, im2col};
 use crate::kernel::maps::{Map, MapMut, transpose};
 use crate::kernel::reduce::add_column_sums;
+use crate::kernel::{depthwise, elementwise};
 use crate::linalg::{Activation, Epilogue, Mat, MatMut, Packed, gemm, gemm_packed};
 use crate::tensor::random::Rng;
 use crate::tensor::{Buffer, Float, Tensor};
@@ -308,12 +308,8 @@ impl Conv2d {
     fn adjoint<T: Float>(&self, p: &Params<T>, from: [usize; 2], to: [usize; 2]) -> Option<(Conv2d, Vec<Arc<Packed<T>>>)> {
         let ConvSettings { kernel, stride, padding, dilation, .. } = self.settings;
         let pad = |axis: usize| (dilation[axis] * (kernel[axis] - 1)).checked_sub(padding[axis]);
-        let settings = ConvSettings {
-            inputs: self.settings.outputs,
-            outputs: self.settings.inputs,
-            padding: [pad(0)?, pad(1)?],
-            ..self.settings
-        };
+        let settings =
+            ConvSettings { inputs: self.settings.outputs, outputs: self.settings.inputs, padding: [pad(0)?, pad(1)?], ..self.settings };
         let adjoint = Conv2d { settings, geometry: settings.geometry(), bias: None, weight: self.weight };
         if stride != [1, 1] || adjoint.output_size(from).ok()? != to {
             return None;

@@ -4,8 +4,8 @@
 //! `BN(conv(x; W, b)) = conv(x; s W, s (b − m) + β)`, exact but for rounding.
 
 use super::batch_norm::{self, BatchNorm2d};
-use super::conv::{Conv2d, Tail};
 pub use super::conv::Then;
+use super::conv::{Conv2d, Tail};
 use super::param::Params;
 use super::pass::Pass;
 use crate::error::Result;
