@@ -166,6 +166,11 @@ fn packed_weights_and_parts_of_a_batch() {
         changed.flat_mut().iter_mut().for_each(|w| *w *= 1.5);
         assert_eq!(infer(&packed, &few), infer(&changed, &few), "{name}");
         assert_ne!(infer(&changed, &few), infer(&plain, &few), "{name}");
+        // Norms that are part of their convolution.
+        for variance in built.layout.buffers().iter().filter(|b| b.name.ends_with("running_var")) {
+            [&mut packed, &mut changed].into_iter().for_each(|p| p.buffer_mut(variance.param).fill(2.5));
+        }
+        assert_eq!(infer(&packed, &few), infer(&changed, &few), "{name}");
     }
 }
 

@@ -4,8 +4,8 @@
 //!
 //! 1×1 with stride 1 is a matrix product. Else the windows of a few megabytes' worth of output pixels become rows of a matrix
 //! `[pixels, (u, v, c)]`, times the weight in the same order. `dx` is, with stride 1, the convolution of `dy` by the kernel turned around,
-//! else `dy W` put back; `dWᵀ = windowsᵀ dy`, `db = Σ dy`. Groups are done one
-//! by one on strided operands; one channel per group goes to [`depthwise`].
+//! else `dy W` put back; `dWᵀ = windowsᵀ dy`, `db = Σ dy`. Groups are done one by one on strided operands; one channel per group goes to
+//! [`depthwise`].
 
 use std::ops::Range;
 use std::sync::Arc;
