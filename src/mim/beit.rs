@@ -14,7 +14,6 @@ use crate::case::{Config, Draw, Operation, Run};
 use crate::error::{Error, Result};
 use crate::kernel::{categorical, elementwise, rows};
 use crate::model::beit::{Encoder, EncoderSaved, sample_encoder, settings, without_class_token};
-use crate::model::network::weight_init;
 use crate::model::swin_ops::mean_tokens;
 use crate::nn::{Init, Layout, Linear, Params};
 use crate::tensor::random::Rng;
@@ -65,7 +64,7 @@ impl BeitMim {
             let head = Linear::new(names.at("lm_head"), encoder.features(), vocab, true, Init::NORMAL_02);
             Ok((encoder, head))
         })?;
-        Ok(BeitMim { layout: weight_init(layout, config)?, encoder, head })
+        Ok(BeitMim { layout, encoder, head })
     }
 
     /// Names, shapes and initialisation of the parameters.

@@ -32,7 +32,8 @@ pub struct Chart {
 /// Colours that stay apart for colour-blind readers (Okabe and Ito, *Color universal design*, 2008; yellow is left out, black comes last).
 pub(super) const COLORS: [&str; 7] = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"];
 /// Once the colours are used up, the lines are dashed.
-const DASHES: [&str; 4] = ["", " stroke-dasharray=\"7 4\"", " stroke-dasharray=\"2 3\"", " stroke-dasharray=\"9 3 2 3\""];
+const DASHES: [&str; 5] =
+    ["", " stroke-dasharray=\"7 4\"", " stroke-dasharray=\"2 3\"", " stroke-dasharray=\"9 3 2 3\"", " stroke-dasharray=\"14 5\""];
 
 const WIDTH: f64 = 560.0;
 const HEIGHT: f64 = 340.0;
