@@ -250,6 +250,7 @@ const BEIT: Method = Method {
     tokens: true,
     drops: true,
     build: |config, setting| Ok(Box::new(BeitPretraining::new(config, setting.tokenizer, setting.normalization)?)),
+    // Not [`NARROW`], which did worse here.
     networks: &[network("beit_micro", 32, &[VIT_MICRO]), network("beit_base", 224, &[VIT_BASE]), network("beit_large", 224, &[VIT_LARGE])],
 };
 

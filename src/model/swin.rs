@@ -286,7 +286,7 @@ impl Encoder {
                 let block =
                     BlockSettings { attention, mlp_ratio: s.mlp_ratio, norm_eps: s.norm_eps, layer_scale: None, drop_path, init: s.init };
                 let block = SwinBlock::new(&mut names.at(format!("blocks.{b}")), block, window)?;
-                // Early stages have most of the tokens and little of the work: in Swin-T a quarter of the memory for 3 % more operations.
+                // Early stages have most of the tokens and little of the work: in Swin-T a quarter of what is kept for 3 % more operations.
                 Ok(if i + 2 < s.depths.len() { block.recompute_hidden() } else { block })
             };
             let blocks = (0..depth).map(block).collect::<Result<_>>()?;

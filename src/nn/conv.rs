@@ -220,12 +220,20 @@ impl Conv2d {
         Ok(y)
     }
 
+    /// Whole groups of the weight, as `[out, (u, v, c)]`.
+    fn by_window<T: Float>(&self, weight: &[T]) -> Buffer<T> {
+        let mut out = Buffer::scratch(weight.len());
+        transpose(&mut out, weight, weight.len() / self.settings.fan_in(), self.per_group()[0], self.geometry.taps());
+        out
+    }
+
     /// What the windows of one group are multiplied by: its weight as `[(u, v, c), out]`.
     pub(super) fn operand<T: Float>(&self, weight: &[T]) -> Packed<T> {
-        let ([inputs, outputs], len) = (self.per_group(), self.settings.fan_in());
-        let mut by_window = Buffer::scratch(weight.len());
-        transpose(&mut by_window, weight, outputs, inputs, self.geometry.taps());
-        Packed::new(Mat::new(&by_window, outputs, len).t())
+        let ([_, outputs], len) = (self.per_group(), self.settings.fan_in());
+        if self.geometry.taps() == 1 {
+            return Packed::new(Mat::new(weight, outputs, len).t());
+        }
+        Packed::new(Mat::new(&self.by_window(weight), outputs, len).t())
     }
 
     /// The [`operand`](Self::operand) of each group.
@@ -289,8 +297,7 @@ impl Conv2d {
             return adjoint.forward_dense(&operands, Tail::default(), dy);
         }
         let ([inputs, outputs], len) = (self.per_group(), self.settings.fan_in());
-        let mut weight = Buffer::scratch(self.weight.numel());
-        transpose(&mut weight, p.get(self.weight), self.settings.outputs, inputs, self.geometry.taps());
+        let weight = self.by_window(p.get(self.weight));
         let mut dx = Tensor::zeros(size);
         for lines in self.blocks(out) {
             let rows = lines.count * ow;
@@ -316,8 +323,11 @@ impl Conv2d {
         }
         let ([inputs, outputs], taps) = (self.per_group(), self.geometry.taps());
         let operand = |w: Range<usize>| {
-            let mut by_window = Buffer::scratch(w.len());
-            transpose(&mut by_window, &p.get(self.weight)[w], outputs, inputs, taps);
+            let weight = &p.get(self.weight)[w];
+            if taps == 1 {
+                return Arc::new(Packed::new(Mat::new(weight, outputs, inputs)));
+            }
+            let by_window = self.by_window(weight);
             let mut turned = Buffer::scratch(by_window.len());
             turned.par_chunks_exact_mut(inputs).enumerate().for_each(|(i, row)| {
                 let (tap, o) = (i / outputs, i % outputs);
