@@ -4,7 +4,7 @@ python check_models.py [NAME…] [--karat COMMAND] [--full]
 
 For every name of the table: timm (or PyTorch) builds the network, all of its parameters and running statistics are perturbed (so that no zero
 or one hides a mistake), its state_dict is saved as it is, karat loads it by name and answers the same image; the logits
-have to agree. Networks are cut to a few blocks unless `--full` is given: the example program is slow without optimisation. SPViT is always whole.
+have to agree. Networks are cut to a few blocks unless `--full` is given: the example program is slow without optimisation. SPViTs are always whole.
 
 COMMAND runs the example `logits`; by default `cargo run --quiet --example logits --`.
 """
@@ -114,8 +114,10 @@ CHECKS = {
     "um_swin": Check("um_swin_tiny_256", {"depths": (2, 2, 1, 1)}, {"depths": [2, 2, 1, 1]}, size=256),
     "hpvit": Check("hpvit_base", {"depths": (1, 1, 1, 1)}, {"depths": [1, 1, 1, 1]}),
     "vt_resnet": Check("vt_resnet18", {"depths": (1, 1, 1)}, {"layers": [1, 1, 1]}),
+    "vt_multihead": Check("vt_resnet18_multihead", {"depths": (1, 1, 1)}, {"layers": [1, 1, 1]}),
     "gmm_vit": Check("gmm_vit", {"depths": 2}, {"depth": 2}, size=32),
     "spvit": Check("spvit_deit_b_l008_t60"),
+    "spvit_swin": Check("spvit_swin_t_l28_t32"),
 }
 
 

@@ -9,9 +9,10 @@ from .gmm_vit import GmmVit
 from .hpvit import Hpvit
 from .pvt import Pvt, UmPvt
 from .spvit import DEIT_B_HIDDEN, Spvit
+from .spvit_swin import SWIN_T_HIDDEN, SpvitSwin
 from .t2t import T2t
 from .um_swin import UmSwin
-from .vt_resnet import VtResnet
+from .vt_resnet import MultiheadTokens, VtResnet
 from .xvit import Xvit
 
 #: karat's name -> how to build it, for `depths` if it is to be cut.
@@ -26,6 +27,8 @@ NETWORKS = {
     "um_swin_tiny_256": lambda depths=(2, 2, 6, 2): UmSwin(depths),
     "hpvit_base": lambda depths=(2, 2, 6, 2): Hpvit(depths),
     "vt_resnet18": lambda depths=(2, 2, 2): VtResnet(depths),
+    "vt_resnet18_multihead": lambda depths=(2, 2, 2): VtResnet(depths, MultiheadTokens, -1),
     "gmm_vit": lambda depths=9: GmmVit(depths),
     "spvit_deit_b_l008_t60": lambda: Spvit("11133MMMMMMM", DEIT_B_HIDDEN, 768, 12),
+    "spvit_swin_t_l28_t32": lambda: SpvitSwin(("1s", "1s", "MMMMMM", "MM"), SWIN_T_HIDDEN),
 }

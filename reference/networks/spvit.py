@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from twins.spvit import SinglePathConv
+from twins.spvit import SinglePathConv, folded
 
 from .parts import Block, Softmax, tokens
 
@@ -18,14 +18,10 @@ class PointConv(SinglePathConv):
         del self.bn_3x3
 
     def forward(self, x):
-        b, _, c = x.shape
-        heads, d = self.heads, c // self.heads
-        share = (self.head_probs / self.alpha).softmax(0)[:, 4]
-        weight = torch.einsum("n,njc->jc", share, self.v.weight.view(heads, d, c))
-        out = torch.einsum("n,cnj->cj", share, self.proj.weight.view(c, heads, d))
-        y = F.linear(x[:, 1:], weight, share @ self.v.bias.view(heads, d))
-        y = F.relu(self.bn_1x1(y.transpose(1, 2)[..., None]))[..., 0].transpose(1, 2)
-        return torch.cat((x[:, :1], F.linear(y, out, self.proj.bias)), 1)
+        weight, bias, out = folded(self, [4])
+        y = F.conv2d(x[:, 1:].transpose(1, 2)[..., None], weight, bias)
+        y = F.conv2d(F.relu(self.bn_1x1(y)), out, self.proj.bias)
+        return torch.cat((x[:, :1], y[..., 0].transpose(1, 2)), 1)
 
 
 class QkAttention(nn.Module):

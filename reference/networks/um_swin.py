@@ -7,6 +7,18 @@ from torch.nn import functional as F
 from .parts import Block, smaller, tokens
 
 
+def partition(x, w):
+    """`[B, R, R, C]` → `[B · windows, w², C]`."""
+    r = x.shape[1]
+    return x.unflatten(2, (r // w, w)).unflatten(1, (r // w, w)).transpose(2, 3).reshape(-1, w * w, x.shape[3])
+
+
+def unpartition(y, b, r):
+    """The inverse of `partition`."""
+    w = round(y.shape[1] ** 0.5)
+    return y.view(b, r // w, r // w, w, w, -1).transpose(2, 3).reshape(b, r, r, -1)
+
+
 class UmWindow(nn.Module):
     """Windows of a regular map, shifted by rolling; the bias is an MLP of the distance of two tokens."""
 
@@ -16,26 +28,20 @@ class UmWindow(nn.Module):
         self.posmlp = nn.Sequential(nn.Conv2d(2, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, heads, 1))
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
-    def windows(self, x):
-        """`[B, R, R, …]` → `[B · windows, w², …]`."""
-        b, r, w = len(x), x.shape[1], self.window
-        return x.unflatten(2, (r // w, w)).unflatten(1, (r // w, w)).transpose(2, 3).reshape(b * (r // w) ** 2, w * w, *x.shape[3:])
-
     def forward(self, x, positions):
         b, n, c = x.shape
         r, w, s = round(n**0.5), self.window, self.shift
         roll = lambda y, by: y.roll((by, by), (1, 2))
-        x, pos = (self.windows(roll(y, -s)) for y in (x.view(b, r, r, c), positions))
+        x, pos = (partition(roll(y, -s), w) for y in (x.view(b, r, r, c), positions))
         offset = (pos[:, None] - pos[:, :, None]).permute(0, 3, 1, 2)
         bias = self.posmlp(offset.sign() * offset.abs().log1p())
         if s:
             stripe = torch.bucketize(torch.arange(r), torch.tensor([r - w, r - s]), right=True)
-            region = self.windows((3 * stripe[:, None] + stripe)[None, :, :, None].float())[..., 0]
+            region = partition((3 * stripe[:, None] + stripe)[None, :, :, None], w)[..., 0]
             bias = bias - 100.0 * (region[:, None] != region[:, :, None])[:, None]
         q, k, v = self.qkv(x).view(len(x), w * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         y = self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=bias.repeat(b, 1, 1, 1)).transpose(1, 2).flatten(2))
-        y = y.view(b, r // w, r // w, w, w, c).transpose(2, 3).reshape(b, r, r, c)
-        return roll(y, s).reshape(b, n, c)
+        return roll(unpartition(y, b, r), s).reshape(b, n, c)
 
 
 class UmSwin(nn.Module):

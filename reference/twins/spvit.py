@@ -9,6 +9,19 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def folded(layer, columns):
+    """The weights of convolution k×k, its bias and the weight of the 1×1 after it, from `v`, `proj` and `head_probs`.
+
+    `columns` of `head_probs`, one for each place 3 · column + row of the kernel.
+    """
+    heads, k = layer.heads, math.isqrt(len(columns))
+    mixture = (layer.head_probs / layer.alpha).softmax(0)[:, columns]
+    share = mixture.sum(1)
+    weight = torch.einsum("np,njc->jcp", mixture, layer.v.weight.unflatten(0, (heads, -1)))
+    out = torch.einsum("n,cnj->cj", share, layer.proj.weight.unflatten(1, (heads, -1)))
+    return weight.unflatten(2, (k, k)).transpose(2, 3), share @ layer.v.bias.unflatten(0, (heads, -1)), out[:, :, None, None]
+
+
 class SinglePathConv(nn.Module):
     """The class token passes; patches go through conv 3×3, BatchNorm, ReLU, conv 1×1 with folded weights."""
 
@@ -21,13 +34,7 @@ class SinglePathConv(nn.Module):
 
     def forward(self, x):
         b, _, c = x.shape
-        d = c // self.heads
-        mixture = (self.head_probs / self.alpha).softmax(0)
-        # Column p = 3 · column + row of the kernel.
-        weight = torch.einsum("np,njc->jcp", mixture, self.v.weight.view(self.heads, d, c)).view(d, c, 3, 3).transpose(2, 3)
-        share = mixture.sum(1)
-        bias = share @ self.v.bias.view(self.heads, d)
-        out = torch.einsum("n,cnj->cj", share, self.proj.weight.view(c, self.heads, d))[:, :, None, None]
+        weight, bias, out = folded(self, range(9))
         t = x[:, 1:].transpose(1, 2).reshape(b, c, self.side, self.side)
         y = F.conv2d(F.relu(self.bn_3x3(F.conv2d(t, weight, bias, padding=1))), out, self.proj.bias)
         return torch.cat((x[:, :1], y.flatten(2).transpose(1, 2)), 1)
@@ -41,14 +48,16 @@ class SinglePathWindow(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.randn((2 * window - 1) ** 2, heads) * 0.02)
         at = torch.stack(torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")).flatten(1)
         offset = at[:, :, None] - at[:, None] + window - 1
-        self.register_buffer("index", (offset[0] * (2 * window - 1) + offset[1]).flatten())
+        self.register_buffer("relative_position_index", (offset[0] * (2 * window - 1) + offset[1]).flatten())
 
-    def forward(self, x):
+    def forward(self, x, apart=None):
+        """`apart` `[windows, n, n]`: further logits for the windows of an image."""
         n = self.window**2
         q, k = self.qk(x).unflatten(-1, (2, self.heads, -1)).movedim(-3, 0).transpose(-3, -2).unbind(0)
         v = self.v(x).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
-        bias = self.relative_position_bias_table[self.index].view(n, n, -1).permute(2, 0, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        bias = self.relative_position_bias_table[self.relative_position_index].view(n, n, -1).permute(2, 0, 1)
+        bias = bias[None] if apart is None else (bias + apart[:, None]).repeat(len(x) // len(apart), 1, 1, 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(out.transpose(-3, -2).flatten(-2))
 
 
