@@ -41,7 +41,7 @@ pub struct Case {
 }
 
 /// How the floats of a tensor are stored in a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Element {
     /// IEEE binary64.
     F64,

@@ -224,6 +224,40 @@ fn other_programs_are_judged_by_what_their_precision_allows() {
     assert_eq!(judge(&case, &theirs(&case, Element::Bf16)).unwrap().verdict, Verdict::Ok);
 }
 
+/// Two large terms that cancel: rounding them to f32 is a large error, whatever comes after.
+#[test]
+fn ill_conditioned_questions_are_called_so() {
+    let mut case = made();
+    for (name, row) in [("input.x", [1000.1, 1000.1]), ("param.weight", [1.0 / 3.0, 1e-5 - 1.0 / 3.0])] {
+        let Some(Value::Float(t)) = case.tensors.get_mut(name) else { panic!() };
+        let width = t.shape()[1];
+        *t = Tensor::from_fn(t.shape(), |i| row.get(i % width).copied().unwrap_or(0.0));
+    }
+    let right = verify::execute(LINEAR.run_f64, &case.config, &case.question(), true, None).unwrap();
+    case.tensors.extend(right.into_iter().filter(|(name, _)| name.starts_with("output.") || name.starts_with("grad.input.")));
+    case.tensors.retain(|name, _| !name.starts_with("grad.param."));
+    assert_eq!(verify_with(&LINEAR, &case, Dtype::F64).verdict, Verdict::Ok);
+    let report = verify_with(&LINEAR, &case, Dtype::F32);
+    let y = report.findings.iter().find(|f| f.name == "output.y").unwrap();
+    assert!(!y.passed && y.cause.as_ref().is_some_and(|cause| cause.starts_with("ill-conditioned")), "{y}");
+
+    // Somebody else's f32 run may miss as much, but not a hundred times as much.
+    let mut stock = theirs(&case, Element::F32);
+    let mut judged = |factor: f64| {
+        let Some(Value::Float(t)) = stock.tensors.get_mut("output.y") else { panic!() };
+        t.data_mut().iter_mut().for_each(|x| *x *= 1.0 + factor * y.error);
+        judge_with(Some(&LINEAR), &case, &stock).unwrap().verdict
+    };
+    assert_eq!((judged(1.0), judged(100.0)), (Verdict::Ok, Verdict::Fail));
+
+    // A wrong answer in f32 is not excused.
+    let Some(Value::Float(t)) = case.tensors.get_mut("output.y") else { panic!() };
+    t.data_mut()[0] *= 2.0;
+    let report = verify_with(&LINEAR, &case, Dtype::F32);
+    let y = report.findings.iter().find(|f| f.name == "output.y").unwrap();
+    assert!(!y.passed && !y.cause.as_ref().is_some_and(|cause| cause.starts_with("ill-conditioned")), "{y}");
+}
+
 #[test]
 fn names_of_other_programs() {
     let case = made();
