@@ -1,8 +1,9 @@
 //! Matrix products: exact on small integers for every size and layout, within derived bounds on anything, nothing touched beside C.
 
+use std::ops::Range;
 use std::sync::{Mutex, MutexGuard};
 
-use karat::linalg::{Activation, Epilogue, Gemm, Mat, MatMut, gemm};
+use karat::linalg::{Activation, Epilogue, Gemm, Mat, MatMut, Packed, Rows, gemm, gemm_rows};
 use karat::simd::{self, Isa};
 use karat::tensor::Float;
 use karat::tensor::random::{Purpose, Rng};
@@ -82,6 +83,20 @@ impl<T: Float> Output<T> {
             // Not `>`: NaN must fail.
             let good = (x - value).abs() <= bound;
             assert!(good, "{what}: found {x} at ({i}, {j}), expected {value} within {bound:e}");
+        }
+    }
+}
+
+impl<T: Float> Rows<T> for Operand<T> {
+    fn rows(&self) -> usize {
+        self.shape.0
+    }
+    fn cols(&self) -> usize {
+        self.shape.1
+    }
+    fn copy(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [T], stride: usize) {
+        for (at, i) in rows.enumerate() {
+            cols.clone().enumerate().for_each(|(to, j)| out[at * stride + to] = T::from_f64(self.at(i, j)));
         }
     }
 }
@@ -197,6 +212,39 @@ fn packed_small_products_are_exact() {
             }
         }
     }
+}
+
+#[test]
+fn products_of_rows_made_on_the_way_are_exact() {
+    let _turn = turn();
+    fn check<T: Float>(m: usize, k: usize, n: usize) {
+        let (a, b) = (Operand::<T>::new((m, k), 0, integers(5)), Operand::<T>::new((k, n), 0, integers(6)));
+        let packed = Packed::new(b.view());
+        for accumulate in [false, true] {
+            let start = |i: usize, j: usize| if accumulate { (i * 3 + j) as f64 } else { f64::NAN };
+            let mut c = Output::<T>::new((m, n), 5, start);
+            gemm_rows(&a, &packed, c.view(), Epilogue { accumulate, ..Epilogue::default() });
+            let what = format!("rows {} {m}×{k}×{n}, {accumulate}, {:?}", T::NAME, simd::isa());
+            c.check(&what, |i, j| (product(&a, &b, i, j).0 + if accumulate { start(i, j) } else { 0.0 }, 0.0));
+        }
+    }
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
+        simd::force(isa).unwrap();
+        for m in [0, 1, 6, 13, 14, 15, 28, 113] {
+            for k in [0, 1, 17, 383, 384, 385, 769] {
+                for n in [0, 1, 16, 33, 65] {
+                    check::<f32>(m, k, n);
+                    if isa == Isa::Portable {
+                        check::<f64>(m, k, n);
+                    }
+                }
+            }
+        }
+        // Tasks beside and below each other.
+        check::<f32>(150, 400, 420);
+    }
+    // More than one block of rows in f64.
+    check::<f64>(2700, 400, 3);
 }
 
 /// A product keeps the back end that it began with.

@@ -1,9 +1,12 @@
 //! Windows of a map as rows of a matrix, and back: what makes a convolution a matrix product.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::maps::Map;
 use crate::error::{Error, Result};
+use crate::linalg::Rows;
 use crate::tensor::Float;
 
 /// More padding than any network has.
@@ -73,39 +76,82 @@ pub struct Lines {
     pub count: usize,
 }
 
-/// `out[pixel, (u, v, c)]` ← the input that this output pixel meets at `(u, v)`, channels `column..column + channels`.
-pub fn im2col<T: Float>(out: &mut [T], x: Map<T>, [column, channels]: [usize; 2], geometry: Geometry, lines: Lines, [oh, ow]: [usize; 2]) {
-    let [_, height, width, all] = x.size();
-    let [kh, kw] = geometry.kernel;
-    let len = kh * kw * channels;
-    assert!(out.len() == lines.count * ow * len && column + channels <= all);
+/// The matrix `[pixels, (u, v, c)]` of the inputs that every output pixel meets at `(u, v)`, channels `column..column + channels`.
+#[derive(Clone, Copy)]
+pub struct Windows<'a, T> {
+    x: Map<'a, T>,
+    column: usize,
+    channels: usize,
+    geometry: Geometry,
+    out: [usize; 2],
+}
+
+impl<'a, T: Float> Windows<'a, T> {
+    /// The windows for an output of `out` rows and columns per image.
+    pub fn new(x: Map<'a, T>, [column, channels]: [usize; 2], geometry: Geometry, out: [usize; 2]) -> Self {
+        assert!(column + channels <= x.size()[3]);
+        Windows { x, column, channels, geometry, out }
+    }
+
+    /// Elements `range` of the window of output `(i, j)` of image `b`.
+    fn window(&self, [b, i, j]: [usize; 3], range: Range<usize>, out: &mut [T]) {
+        let Windows { x, column, channels, geometry, .. } = *self;
+        let ([_, height, width, _], kw) = (x.size(), geometry.kernel[1]);
+        // Where rows of pixels have no gaps, one copy takes all columns of the kernel.
+        let whole = (j * geometry.stride[1]).checked_sub(geometry.padding[1]);
+        let whole = whole.filter(|from| geometry.dilation[1] == 1 && x.stride() == channels && from + kw <= width);
+        let (mut at, mut rest) = (range.start, out);
+        while at < range.end {
+            let (u, within) = (at / (kw * channels), at % (kw * channels));
+            let y = geometry.input(0, i, u, height);
+            let (v, c) = if whole.is_some() || y.is_none() { (0, within) } else { (within / channels, within % channels) };
+            let len = if whole.is_some() || y.is_none() { kw * channels - c } else { channels - c }.min(range.end - at);
+            let (head, tail) = rest.split_at_mut(len);
+            match (y, whole.or_else(|| geometry.input(1, j, v, width))) {
+                (Some(y), Some(x_at)) => head.copy_from_slice(&x.row(b, y, column)[x_at * x.stride() + c..][..len]),
+                _ => head.fill(T::ZERO),
+            }
+            (at, rest) = (at + len, tail);
+        }
+    }
+}
+
+impl<T: Float> Rows<T> for Windows<'_, T> {
+    fn rows(&self) -> usize {
+        self.x.size()[0] * self.out[0] * self.out[1]
+    }
+
+    fn cols(&self) -> usize {
+        self.geometry.taps() * self.channels
+    }
+
+    fn copy(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [T], stride: usize) {
+        let [oh, ow] = self.out;
+        let line = rows.start / ow.max(1);
+        let (mut b, mut i, mut j) = (line / oh.max(1), line % oh.max(1), rows.start % ow.max(1));
+        for out in out.chunks_mut(stride.max(1)).take(rows.len()) {
+            self.window([b, i, j], cols.clone(), &mut out[..cols.len()]);
+            j += 1;
+            if j == ow {
+                (i, j) = (i + 1, 0);
+            }
+            if i == oh {
+                (b, i) = (b + 1, 0);
+            }
+        }
+    }
+}
+
+/// The rows of `windows` for a stretch of output rows.
+pub fn im2col<T: Float>(out: &mut [T], windows: Windows<T>, lines: Lines) {
+    let (ow, len) = (windows.out[1], windows.cols());
+    assert!(out.len() == lines.count * ow * len);
     if out.is_empty() {
         return;
     }
-    let whole = geometry.dilation[1] == 1 && x.stride() == channels;
     out.par_chunks_mut(ow * len).enumerate().for_each(|(line, out)| {
-        let (b, i) = ((lines.first + line) / oh, (lines.first + line) % oh);
-        for (j, out) in out.chunks_exact_mut(len).enumerate() {
-            for (u, out) in out.chunks_exact_mut(kw * channels).enumerate() {
-                let Some(y) = geometry.input(0, i, u, height) else {
-                    out.fill(T::ZERO);
-                    continue;
-                };
-                // Where rows of pixels have no gaps, one copy takes all columns of the kernel.
-                if let (true, Some(from)) = (whole, (j * geometry.stride[1]).checked_sub(geometry.padding[1]))
-                    && from + kw <= width
-                {
-                    out.copy_from_slice(&x.row(b, y, column)[from * channels..(from + kw) * channels]);
-                    continue;
-                }
-                for (v, out) in out.chunks_exact_mut(channels).enumerate() {
-                    match geometry.input(1, j, v, width) {
-                        Some(x_at) => out.copy_from_slice(x.pixel(b, y, x_at, column, channels)),
-                        None => out.fill(T::ZERO),
-                    }
-                }
-            }
-        }
+        let first = (lines.first + line) * ow;
+        windows.copy(first..first + ow, 0..len, out, len);
     });
 }
 
@@ -161,7 +207,7 @@ mod tests {
         for first in [0, 4] {
             let lines = Lines { first, count: if first == 0 { 4 } else { 2 } };
             let mut cols = vec![f64::NAN; lines.count * ow * len];
-            im2col(&mut cols, Map::new(&x, size), [2, 3], geometry, lines, out);
+            im2col(&mut cols, Windows::new(Map::new(&x, size), [2, 3], geometry, out), lines);
             let g: Vec<f64> = (0..cols.len()).map(|i| libm::cos((i + first) as f64)).collect();
             forward += cols.iter().zip(&g).map(|(a, b)| a * b).sum::<f64>();
             col2im(&mut dx, size, &g, [2, 3], geometry, lines, out);

@@ -2,9 +2,12 @@
 
 use super::Epilogue;
 use super::gemm::RawEpilogue;
-use super::view::{Mat, MatMut};
+use super::view::{Mat, MatMut, Rows};
 use crate::simd::{Kernel, Vector};
-use crate::tensor::Float;
+use crate::tensor::{Buffer, Float};
+
+/// Elements of made rows that exist at a time.
+const BLOCK: usize = 1 << 20;
 
 pub(super) fn dgemm(a: Mat<f64>, b: Mat<f64>, c: &mut MatMut<f64>, add: bool) {
     let (m, k, n) = (a.rows(), a.cols(), b.cols());
@@ -59,6 +62,20 @@ impl Kernel<f64> for Finish<'_, '_, '_> {
 pub(super) fn gemm_f64(a: Mat<f64>, b: Mat<f64>, mut c: MatMut<f64>, epilogue: Epilogue<f64>) {
     let epilogue = RawEpilogue::new(epilogue, c.rows(), c.cols());
     dgemm(a, b, &mut c, epilogue.accumulate);
+    f64::dispatch(Finish { c: &mut c, epilogue });
+}
+
+pub(super) fn gemm_rows_f64(a: &dyn Rows<f64>, b: Mat<f64>, mut c: MatMut<f64>, epilogue: Epilogue<f64>) {
+    let (m, k) = (a.rows(), a.cols());
+    assert!(c.rows() == m, "matrix product of {m} rows into {}", c.rows());
+    let epilogue = RawEpilogue::new(epilogue, m, c.cols());
+    let each = (BLOCK / k.max(1)).clamp(1, m.max(1));
+    let mut made = Buffer::scratch(each * k);
+    for from in (0..m).step_by(each) {
+        let rows = each.min(m - from);
+        a.copy(from..from + rows, 0..k, &mut made, k);
+        dgemm(Mat::new(&made[..rows * k], rows, k), b, &mut c.rows_from(from, rows), epilogue.accumulate);
+    }
     f64::dispatch(Finish { c: &mut c, epilogue });
 }
 

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::micro::{self, KC, Tile, TileShape, pack_panel, panel, tile_of};
 use super::packed::Packed;
-use super::view::{Mat, MatMut};
+use super::view::{Mat, MatMut, Rows};
 use super::{Activation, Epilogue};
 use crate::simd::{self, Isa, Kernel, LANES, Vector, prefetch};
 use crate::tensor::{Buffer, Float};
@@ -52,10 +52,11 @@ fn share(n: usize, parts: usize, i: usize) -> (usize, usize) {
 /// Bytes between elements that fall into one set of an L1 cache.
 const SET: usize = 4096;
 
-/// The left operand in a range of k: where it lies, or a copy of it.
+/// The left operand: where it lies, what makes it, or a copy of it in a range of k.
 #[derive(Clone, Copy)]
-enum Left<'a> {
+pub(super) enum Left<'a> {
     InPlace(Mat<'a, f32>),
+    Made(&'a dyn Rows<f32>),
     /// Strip after strip, `stride` apart, the elements of a column of a strip side by side.
     Packed {
         data: &'a [f32],
@@ -70,7 +71,8 @@ struct Task<'a> {
     packed: &'a [f32],
     packed_rows: usize,
     packed_from: usize,
-    /// Products in this range of k.
+    /// The first product of this range of k, for rows that are made, and how many there are.
+    k0: usize,
     k: usize,
     m: usize,
     n: usize,
@@ -92,7 +94,11 @@ impl Kernel<f32> for Task<'_> {
     fn run<V: Vector<f32>>(self) {
         let TileShape { rows: tile_rows, vectors } = V::TILE;
         // Rows that fall into one set of a cache are copied, a strip at a time.
-        let copied = matches!(self.left, Left::InPlace(a) if a.col_stride() == 1 && (a.row_stride() * 4).is_multiple_of(SET));
+        let copied = match self.left {
+            Left::InPlace(a) => a.col_stride() == 1 && (a.row_stride() * 4).is_multiple_of(SET),
+            Left::Made(_) => true,
+            Left::Packed { .. } => false,
+        };
         let mut scratch = Buffer::<f32>::scratch(if copied { tile_rows * COPY_STRIDE } else { 0 });
         for kb in (0..self.k).step_by(KC) {
             let depth = KC.min(self.k - kb);
@@ -102,6 +108,10 @@ impl Kernel<f32> for Task<'_> {
                 let (r0, r1) = share(self.m, self.all_strips, strip);
                 let (a, a_row, a_col) = match self.left {
                     Left::Packed { data, stride } => (data[strip * stride + kb * tile_rows..].as_ptr(), 1, tile_rows),
+                    Left::Made(rows) => {
+                        rows.copy(r0..r1, self.k0 + kb..self.k0 + kb + depth, &mut scratch, COPY_STRIDE);
+                        (scratch.as_ptr(), COPY_STRIDE, 1)
+                    }
                     Left::InPlace(a) => {
                         let source = a.rows_from(r0, r1 - r0).cols_from(kb, depth);
                         if copied {
@@ -121,6 +131,9 @@ impl Kernel<f32> for Task<'_> {
                     unsafe {
                         let c = self.c.add(r0 * self.c_row + first);
                         let b = self.packed.as_ptr().add(self.packed_rows * first + (self.packed_from + kb) * v * LANES);
+                        if last {
+                            self.epilogue.prefetch((r0, r1), (first, first + cols));
+                        }
                         tile_of::<V>(r1 - r0, v, Tile { k: depth, a, a_row, a_col, b, c, c_row: self.c_row, cols, add });
                         if last {
                             self.epilogue.finish::<V>(self.c, self.c_row, (r0, r1), (first, first + cols));
@@ -145,7 +158,7 @@ impl Kernel<f32> for Task<'_> {
     }
 }
 
-/// The distance between rows of A copied for a task: a block, and a cache line that moves each row to other cache sets.
+/// The distance between rows of A copied or made for a task: a block, and a cache line that moves each row to other cache sets.
 const COPY_STRIDE: usize = KC + LANES;
 /// Strips that are packed together: whole cache lines of each column of A.
 const PACK_STRIPS: usize = 4;
@@ -228,6 +241,23 @@ impl<'a, T: Float> RawEpilogue<'a, T> {
             }
         };
         RawEpilogue { accumulate: epilogue.accumulate, bias: epilogue.bias, residual: epilogue.residual, activation }
+    }
+
+    /// Asks for what [`finish`](Self::finish) will read besides C, for a tile at most two cache lines wide.
+    #[inline(always)]
+    pub fn prefetch(&self, rows: (usize, usize), cols: (usize, usize)) {
+        let ask = |from: *const T, stride: usize| {
+            for r in rows.0..rows.1 {
+                prefetch(from.wrapping_add(r * stride + cols.0));
+                prefetch(from.wrapping_add(r * stride + cols.1 - 1));
+            }
+        };
+        if let Some(residual) = &self.residual {
+            ask(residual.data().as_ptr(), residual.row_stride());
+        }
+        if let RawActivation::Gelu { out: other, stride } | RawActivation::GeluBackward { hidden: other, stride } = &self.activation {
+            ask(other.0, *stride);
+        }
     }
 
     /// Applies the epilogue to a rectangle of C, while it is in L1.
@@ -340,12 +370,16 @@ pub(super) enum Right<'a> {
 }
 
 /// `C (+)= A B` with an epilogue, on all threads of the current pool.
-pub(super) fn gemm_f32(a: Mat<f32>, b: Right, mut c: MatMut<f32>, epilogue: Epilogue<f32>) {
+pub(super) fn gemm_f32(a: Left, b: Right, mut c: MatMut<f32>, epilogue: Epilogue<f32>) {
     let (b_rows, n) = match b {
         Right::Plain(b) => (b.rows(), b.cols()),
         Right::Packed(b) => (b.rows(), b.cols()),
     };
-    let (m, k) = (a.rows(), a.cols());
+    let (m, k) = match a {
+        Left::InPlace(a) => (a.rows(), a.cols()),
+        Left::Made(a) => (a.rows(), a.cols()),
+        Left::Packed { .. } => unreachable!("packed here only"),
+    };
     assert!(b_rows == k && c.rows() == m && c.cols() == n, "matrix product of {m}×{k} and {b_rows}×{n} into {}×{}", c.rows(), c.cols());
     if m == 0 || n == 0 {
         return;
@@ -363,8 +397,11 @@ pub(super) fn gemm_f32(a: Mat<f32>, b: Right, mut c: MatMut<f32>, epilogue: Epil
 
     // Tasks by shape: as large as caches like, but at least some two dozen while a task keeps two tiles.
     let (mut task_rows, mut task_cols) = (TASK_ROWS.min(strips), TASK_COLS.min(panels));
+    // Rows that are made are made again for every task beside.
+    let made = matches!(a, Left::Made(_));
     while strips.div_ceil(task_rows) * panels.div_ceil(task_cols) < 24 && task_rows * task_cols > 2 {
-        if task_cols >= task_rows { task_cols = task_cols.div_ceil(2) } else { task_rows = task_rows.div_ceil(2) }
+        let narrower = if made { task_rows == 1 } else { task_cols >= task_rows };
+        if narrower { task_cols = task_cols.div_ceil(2) } else { task_rows = task_rows.div_ceil(2) }
     }
     let (row_tasks, col_tasks) = (strips.div_ceil(task_rows), panels.div_ceil(task_cols));
 
@@ -372,16 +409,21 @@ pub(super) fn gemm_f32(a: Mat<f32>, b: Right, mut c: MatMut<f32>, epilogue: Epil
     let out = Shared(c.data().as_mut_ptr());
     let padded = n.next_multiple_of(LANES);
     // Columns are read in place unless they fall into one set of a cache, or two.
-    let in_place = a.col_stride() == 1 || (a.row_stride() == 1 && tile.reads_columns() && !(a.col_stride() * 8).is_multiple_of(SET));
+    let apart =
+        |a: &Mat<f32>| a.col_stride() != 1 && (a.row_stride() != 1 || !tile.reads_columns() || (a.col_stride() * 8).is_multiple_of(SET));
+    let to_pack = match a {
+        Left::InPlace(a) if apart(&a) => Some(a),
+        _ => None,
+    };
     // Only what is copied limits how many products are summed at a time.
-    let (pass_left, pass_right) = (if in_place { 0 } else { m }, if matches!(b, Right::Plain(_)) { padded } else { 0 });
+    let (pass_left, pass_right) = (if to_pack.is_some() { m } else { 0 }, if matches!(b, Right::Plain(_)) { padded } else { 0 });
     let pass = PACK_LIMIT.checked_div(pass_left.max(pass_right)).map_or(k, |rows| (rows / KC).max(1) * KC).min(k);
     let left_stride = |depth: usize| depth * tile.rows + LANES;
-    let mut copied_left = Buffer::<f32>::scratch(if in_place { 0 } else { strips * left_stride(pass) });
+    let mut copied_left = Buffer::<f32>::scratch(if to_pack.is_some() { strips * left_stride(pass) } else { 0 });
     let mut copied_right = Buffer::<f32>::scratch(pass_right * pass);
     for k0 in (0..k.max(1)).step_by(pass.max(1)) {
         let depth = pass.min(k - k0);
-        let (a, stride) = (a.cols_from(k0, depth), left_stride(depth));
+        let stride = left_stride(depth);
         if let (Right::Plain(b), true) = (b, depth > 0) {
             let b = b.rows_from(k0, depth);
             let pack = |(p, out): (usize, &mut [f32])| {
@@ -391,14 +433,19 @@ pub(super) fn gemm_f32(a: Mat<f32>, b: Right, mut c: MatMut<f32>, epilogue: Epil
             };
             each_chunk(parallel, &mut copied_right[..padded * depth], depth * tile.vectors * LANES, pack);
         }
-        if !in_place && depth > 0 {
+        if let (Some(a), true) = (to_pack, depth > 0) {
+            let a = a.cols_from(k0, depth);
             let pack = |(group, out): (usize, &mut [f32])| {
                 // SAFETY: as above.
                 unsafe { simd::dispatch_f32_on(isa, PackLeft { a, all_strips: strips, first: group * PACK_STRIPS, stride, out }) };
             };
             each_chunk(parallel, &mut copied_left[..strips * stride], PACK_STRIPS * stride, pack);
         }
-        let left = if in_place { Left::InPlace(a) } else { Left::Packed { data: &copied_left, stride } };
+        let left = match a {
+            _ if to_pack.is_some() => Left::Packed { data: &copied_left, stride },
+            Left::InPlace(a) => Left::InPlace(a.cols_from(k0, depth)),
+            made => made,
+        };
         let (packed, packed_rows, packed_from) = match b {
             Right::Plain(_) => (&copied_right[..], depth, 0),
             Right::Packed(b) => (b.data(), k, k0),
@@ -410,6 +457,7 @@ pub(super) fn gemm_f32(a: Mat<f32>, b: Right, mut c: MatMut<f32>, epilogue: Epil
                 packed,
                 packed_rows,
                 packed_from,
+                k0,
                 k: depth,
                 m,
                 n,

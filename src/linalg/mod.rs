@@ -13,7 +13,7 @@ mod view;
 
 pub use columns::{ColumnsMut, Dealt, RowsMut, Tiling, disjoint, par_blocks, par_rows, par_tiles};
 pub use count::{count_flops, counted, flops_so_far};
-pub use view::{Mat, MatMut};
+pub use view::{Mat, MatMut, Rows};
 
 use crate::tensor::Float;
 pub use micro::TileShape;
@@ -69,6 +69,11 @@ pub trait Gemm: Sized {
     where
         Self: Float;
 
+    /// [`gemm_packed`](Gemm::gemm_packed) with rows of A that are made when they are needed: A never exists as a whole.
+    fn gemm_rows(a: &dyn Rows<Self>, b: &Packed<Self>, c: MatMut<Self>, epilogue: Epilogue<Self>)
+    where
+        Self: Float;
+
     /// The length of a packed `k × n` right operand of [`multiply_packed`](Gemm::multiply_packed).
     fn packed_len(k: usize, n: usize) -> usize;
 
@@ -82,11 +87,15 @@ pub trait Gemm: Sized {
 impl Gemm for f32 {
     fn gemm(a: Mat<f32>, b: Mat<f32>, c: MatMut<f32>, epilogue: Epilogue<f32>) {
         count_flops(2 * a.rows() * a.cols() * b.cols());
-        gemm::gemm_f32(a, gemm::Right::Plain(b), c, epilogue);
+        gemm::gemm_f32(gemm::Left::InPlace(a), gemm::Right::Plain(b), c, epilogue);
     }
     fn gemm_packed(a: Mat<f32>, b: &Packed<f32>, c: MatMut<f32>, epilogue: Epilogue<f32>) {
         count_flops(2 * a.rows() * a.cols() * b.cols());
-        gemm::gemm_f32(a, gemm::Right::Packed(b), c, epilogue);
+        gemm::gemm_f32(gemm::Left::InPlace(a), gemm::Right::Packed(b), c, epilogue);
+    }
+    fn gemm_rows(a: &dyn Rows<f32>, b: &Packed<f32>, c: MatMut<f32>, epilogue: Epilogue<f32>) {
+        count_flops(2 * a.rows() * a.cols() * b.cols());
+        gemm::gemm_f32(gemm::Left::Made(a), gemm::Right::Packed(b), c, epilogue);
     }
     fn packed_len(k: usize, n: usize) -> usize {
         micro::packed_len(k, n)
@@ -107,6 +116,10 @@ impl Gemm for f64 {
     }
     fn gemm_packed(a: Mat<f64>, b: &Packed<f64>, c: MatMut<f64>, epilogue: Epilogue<f64>) {
         Self::gemm(a, Mat::new(b.data(), b.rows(), b.cols()), c, epilogue);
+    }
+    fn gemm_rows(a: &dyn Rows<f64>, b: &Packed<f64>, c: MatMut<f64>, epilogue: Epilogue<f64>) {
+        count_flops(2 * a.rows() * a.cols() * b.cols());
+        double::gemm_rows_f64(a, Mat::new(b.data(), b.rows(), b.cols()), c, epilogue);
     }
     fn packed_len(k: usize, n: usize) -> usize {
         k * n
@@ -129,6 +142,11 @@ pub fn gemm<T: Float>(a: Mat<T>, b: Mat<T>, c: MatMut<T>, epilogue: Epilogue<T>)
 /// `C = A B` with an epilogue, where B was packed once for many products.
 pub fn gemm_packed<T: Float>(a: Mat<T>, b: &Packed<T>, c: MatMut<T>, epilogue: Epilogue<T>) {
     T::gemm_packed(a, b, c, epilogue);
+}
+
+/// `C = A B` with an epilogue, where the rows of A are made when they are needed and B was packed once for many products.
+pub fn gemm_rows<T: Float>(a: &dyn Rows<T>, b: &Packed<T>, c: MatMut<T>, epilogue: Epilogue<T>) {
+    T::gemm_rows(a, b, c, epilogue);
 }
 
 /// `C = A B` by `matrixmultiply`, the independent implementation that ours is checked and measured against.

@@ -1,4 +1,6 @@
-//! Strided matrix views over slices.
+//! Strided matrix views over slices, and rows that are made when they are needed.
+
+use std::ops::Range;
 
 /// A read-only matrix: element `(i, j)` is `data[i·row_stride + j·col_stride]`.
 #[derive(Clone, Copy)]
@@ -61,6 +63,16 @@ impl<'a, T> Mat<'a, T> {
     }
 }
 
+/// A left operand whose rows a product asks for, a few at a time.
+pub trait Rows<T>: Sync {
+    /// The number of rows.
+    fn rows(&self) -> usize;
+    /// The number of columns.
+    fn cols(&self) -> usize;
+    /// Columns `cols` of row `r` of `rows`, to the elements of `out` from `(r − rows.start) · stride` on.
+    fn copy(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [T], stride: usize);
+}
+
 /// A matrix to write: rows are contiguous, `row_stride` apart.
 pub struct MatMut<'a, T> {
     data: &'a mut [T],
@@ -97,5 +109,12 @@ impl<'a, T> MatMut<'a, T> {
     /// The elements from `(0, 0)` on.
     pub fn data(&mut self) -> &mut [T] {
         self.data
+    }
+
+    /// Rows `from..from + rows`.
+    pub fn rows_from(&mut self, from: usize, rows: usize) -> MatMut<'_, T> {
+        assert!(from + rows <= self.rows);
+        let start = if rows == 0 || self.cols == 0 { 0 } else { from * self.row_stride };
+        MatMut { data: &mut self.data[start..], rows, cols: self.cols, row_stride: self.row_stride }
     }
 }

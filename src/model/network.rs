@@ -47,8 +47,8 @@ pub fn mean_logits(heads: &[Tensor<f32>]) -> Result<Tensor<f32>> {
     Ok(logits)
 }
 
-/// Images are inferred in parts of about this many pixels: one of the size that most networks are published for.
-const PIXELS_TOGETHER: usize = 224 * 224;
+/// Images are inferred in parts of about this many pixels: two of the size that most networks are published for.
+const PIXELS_TOGETHER: usize = 2 * 224 * 224;
 
 /// The gradient of a loss by each head's logits.
 pub type Judge<'a> = &'a mut dyn FnMut(&[Tensor<f32>]) -> Result<Vec<Tensor<f32>>>;

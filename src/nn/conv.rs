@@ -2,8 +2,8 @@
 //!
 //! `y[b, i, j, o] = bias[o] + Σ_{c,u,v} weight[o, c, u, v] x[b, i s − p + u d, j s − p + v d, g(o) C/groups + c]`, zero outside the map.
 //!
-//! 1×1 with stride 1 is a matrix product. Else the windows of a few megabytes' worth of output pixels become rows of a matrix
-//! `[pixels, (u, v, c)]`, times the weight in the same order. `dx` is, with stride 1, the convolution of `dy` by the kernel turned around,
+//! 1×1 with stride 1 is a matrix product. Else the windows of the output pixels are rows of a matrix `[pixels, (u, v, c)]`, times the weight
+//! in the same order; the product makes a few of them at a time. `dx` is, with stride 1, the convolution of `dy` by the kernel turned around,
 //! else `dy W` put back; `dWᵀ = windowsᵀ dy`, `db = Σ dy`. Groups are done one by one on strided operands; one channel per group goes to
 //! [`depthwise`].
 
@@ -16,11 +16,11 @@ use super::maps::{channels_first, channels_last};
 use super::param::{Init, Layout, Names, Param, Params};
 use crate::case::{Config, Cost, Draw, Operation, Run, Shapes};
 use crate::error::{Error, Result};
-use crate::kernel::im2col::{Geometry, Lines, col2im, im2col};
+use crate::kernel::im2col::{Geometry, Lines, Windows, col2im, im2col};
 use crate::kernel::maps::{Map, MapMut, transpose};
 use crate::kernel::reduce::add_column_sums;
 use crate::kernel::{depthwise, elementwise};
-use crate::linalg::{Activation, Epilogue, Mat, MatMut, Packed, gemm, gemm_packed};
+use crate::linalg::{Activation, Epilogue, Mat, MatMut, Packed, gemm, gemm_packed, gemm_rows};
 use crate::tensor::random::Rng;
 use crate::tensor::{Buffer, Float, Tensor};
 
@@ -248,14 +248,14 @@ impl Conv2d {
             residual.expect_shape("what is added to a convolution", out)?;
         }
         let mut y = Tensor::scratch(out);
-        let ([inputs, outputs], len) = (self.per_group(), self.settings.fan_in());
-        let mut product = |a: Mat<T>, first: usize, g: usize| {
-            let rows = a.rows();
-            let from = (first * all + g * outputs).min(y.data().len());
-            let c = MatMut::strided(&mut y.data_mut()[from..], rows, outputs, all);
+        let [inputs, outputs] = self.per_group();
+        let pixels = b * oh * ow;
+        for (g, _, from) in self.groups() {
+            let columns = (g * outputs).min(y.data().len());
+            let c = MatMut::strided(&mut y.data_mut()[columns..], pixels, outputs, all);
             let epilogue = Epilogue {
                 bias: tail.bias.map(|b| &b[g * outputs..(g + 1) * outputs]),
-                residual: tail.residual.map(|r| Mat::strided(&r.data()[from..], rows, outputs, all, 1)),
+                residual: tail.residual.map(|r| Mat::strided(&r.data()[columns..], pixels, outputs, all, 1)),
                 activation: match tail.then {
                     Then::Identity => Activation::None,
                     Then::Relu => Activation::Relu,
@@ -263,21 +263,11 @@ impl Conv2d {
                 },
                 ..Epilogue::default()
             };
-            gemm_packed(a, &operands[g], c, epilogue);
-        };
-        if self.geometry.is_pointwise() {
-            let pixels = b * oh * ow;
-            for (g, _, from) in self.groups() {
-                product(Mat::new(x.data(), pixels, self.settings.inputs).cols_from(from, inputs), 0, g);
-            }
-            return Ok(y);
-        }
-        for lines in self.blocks(out) {
-            let rows = lines.count * ow;
-            let mut windows = Buffer::scratch(rows * len);
-            for (g, _, from) in self.groups() {
-                im2col(&mut windows, Map::new(x.data(), size), [from, inputs], self.geometry, lines, [oh, ow]);
-                product(Mat::new(&windows, rows, len), lines.first * ow, g);
+            if self.geometry.is_pointwise() {
+                gemm_packed(Mat::new(x.data(), pixels, self.settings.inputs).cols_from(from, inputs), &operands[g], c, epilogue);
+            } else {
+                let windows = Windows::new(Map::new(x.data(), size), [from, inputs], self.geometry, [oh, ow]);
+                gemm_rows(&windows, &operands[g], c, epilogue);
             }
         }
         Ok(y)
@@ -371,7 +361,8 @@ impl Conv2d {
             let rows = lines.count * ow;
             let mut windows = Buffer::scratch(rows * len);
             for (group, w, from) in self.groups() {
-                im2col(&mut windows, Map::new(x.data(), size), [from, inputs], self.geometry, lines, [oh, ow]);
+                let x = Windows::new(Map::new(x.data(), size), [from, inputs], self.geometry, [oh, ow]);
+                im2col(&mut windows, x, lines);
                 let dy = dy.rows_from(lines.first * ow, rows).cols_from(group * outputs, outputs);
                 gemm(Mat::new(&windows, rows, len).t(), dy, MatMut::new(&mut dw[w], len, outputs), accumulate());
             }
