@@ -320,4 +320,13 @@ fn transferred() {
     assert!(error.contains("swin_nano") && error.contains("classifier"), "{error}");
     let error = refused(&runs[1], "41");
     assert!(error.contains("1 to 40"), "{error}");
+
+    // Another classifier for the same weights, and one that they do not fit.
+    let run = start("mae", "vit_micro", "0");
+    let another =
+        |model: &str| karat().args(["transfer", "--labels", "20", "--seeds", "1", "--steps", "2", "--model", model]).arg(&run).output();
+    good(another("hpvit_micro").unwrap());
+    assert_eq!(json(&run.join("transfer.json"))["classifier"], "hpvit_micro");
+    let error = bad(another("cait_micro").unwrap());
+    assert!(error.contains("cait_micro"), "{error}");
 }
