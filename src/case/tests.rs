@@ -250,12 +250,30 @@ fn ill_conditioned_questions_are_called_so() {
     };
     assert_eq!((judged(1.0), judged(100.0)), (Verdict::Ok, Verdict::Fail));
 
-    // A wrong answer in f32 is not excused.
+    // Nor is a wrong answer excused.
     let Some(Value::Float(t)) = case.tensors.get_mut("output.y") else { panic!() };
     t.data_mut()[0] *= 2.0;
     let report = verify_with(&LINEAR, &case, Dtype::F32);
     let y = report.findings.iter().find(|f| f.name == "output.y").unwrap();
     assert!(!y.passed && !y.cause.as_ref().is_some_and(|cause| cause.starts_with("ill-conditioned")), "{y}");
+}
+
+/// A gradient that f32 loses, in a case with larger ones.
+#[test]
+fn cancellation_is_called_so() {
+    let mut case = made();
+    for (name, values) in [("param.weight", [1e8, 1.0, -1e8]), ("cotangent.y", [1.0; 3]), ("input.x", [1e6; 3])] {
+        let Some(Value::Float(t)) = case.tensors.get_mut(name) else { panic!() };
+        let width = t.shape()[1];
+        // By rows for the weight: they are summed with `dy` as factors.
+        let column = |i: usize| if name == "param.weight" { i / width } else { i % width };
+        *t = Tensor::from_fn(t.shape(), |i| values.get(column(i)).copied().unwrap_or(0.0));
+    }
+    let right = verify::execute(LINEAR.run_f64, &case.config, &case.question(), true, None).unwrap();
+    case.tensors.extend(right.into_iter().filter(|(name, _)| case.zero_grads.iter().all(|zero| *name != format!("grad.{zero}"))));
+    let report = verify_with(&LINEAR, &case, Dtype::F32);
+    let dx = report.findings.iter().find(|f| f.name == "grad.input.x").unwrap();
+    assert!(!dx.passed && dx.cause.as_ref().is_some_and(|cause| cause.starts_with("cancellation")), "{dx}");
 }
 
 #[test]

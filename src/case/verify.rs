@@ -144,8 +144,9 @@ pub fn verify_case(case: &Case, dtype: Dtype) -> Report {
 
 /// [`verify_case`] for an operation that need not be in the registry.
 ///
-/// An f32 run that misses a bound says so when the question is to blame: when rounding it to f32, all else exact, makes an error as
-/// large as a quarter of the one found. No order of summation can be relied on to keep the bound then.
+/// An f32 run that misses a bound says why that may be no mistake: rounding the question to f32, all else exact, makes an error as large
+/// as a quarter of the one found; or a gradient is what is left where terms as large as other gradients cancel, and the error within the
+/// bound of those. No order of summation can be relied on to keep the bound then.
 pub fn verify_with(op: &Op, case: &Case, dtype: Dtype) -> Report {
     let findings = match dtype {
         Dtype::F64 => run::<f64>(op.run_f64, case, &case.question()).map(|results| findings(case, &results, Element::F64)),
@@ -154,8 +155,11 @@ pub fn verify_with(op: &Op, case: &Case, dtype: Dtype) -> Report {
             let mut own = Own::new(Some(op), case);
             for finding in found.iter_mut().filter(|finding| !finding.passed && case.tensors.contains_key(&finding.name)) {
                 let rounding = Source::Rounded(Element::F32);
+                let share = finding.max_abs / largest_gradient(case);
                 if let Some(error) = own.error(rounding, &finding.name).filter(|error| MULTIPLE * error >= finding.error) {
                     finding.cause = Some(format!("ill-conditioned: {error:.1e} is the error {rounding}"));
+                } else if finding.name.starts_with("grad.") && share <= finding.bound.value {
+                    finding.cause = Some(format!("cancellation: the error is {share:.1e} of the largest gradient"));
                 }
             }
             found
