@@ -97,21 +97,21 @@ impl<'a, T: Float> Windows<'a, T> {
     fn window(&self, [b, i, j]: [usize; 3], range: Range<usize>, out: &mut [T]) {
         let Windows { x, column, channels, geometry, .. } = *self;
         let ([_, height, width, _], kw) = (x.size(), geometry.kernel[1]);
-        // Where rows of pixels have no gaps, one copy takes all columns of the kernel.
+        // Where rows of pixels have no gaps, all columns of the kernel are one stretch of the input.
         let whole = (j * geometry.stride[1]).checked_sub(geometry.padding[1]);
         let whole = whole.filter(|from| geometry.dilation[1] == 1 && x.stride() == channels && from + kw <= width);
         let (mut at, mut rest) = (range.start, out);
         while at < range.end {
             let (u, within) = (at / (kw * channels), at % (kw * channels));
             let y = geometry.input(0, i, u, height);
-            let (v, c) = if whole.is_some() || y.is_none() { (0, within) } else { (within / channels, within % channels) };
-            let len = if whole.is_some() || y.is_none() { kw * channels - c } else { channels - c }.min(range.end - at);
-            let (head, tail) = rest.split_at_mut(len);
+            let stretch = if y.is_none() || whole.is_some() { kw * channels } else { channels };
+            let (v, c) = (within / stretch, within % stretch);
+            let (head, tail) = rest.split_at_mut((stretch - c).min(range.end - at));
             match (y, whole.or_else(|| geometry.input(1, j, v, width))) {
-                (Some(y), Some(x_at)) => head.copy_from_slice(&x.row(b, y, column)[x_at * x.stride() + c..][..len]),
+                (Some(y), Some(x_at)) => head.copy_from_slice(&x.row(b, y, column)[x_at * x.stride() + c..][..head.len()]),
                 _ => head.fill(T::ZERO),
             }
-            (at, rest) = (at + len, tail);
+            (at, rest) = (at + head.len(), tail);
         }
     }
 }
@@ -193,6 +193,36 @@ pub fn col2im<T: Float>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn windows_in_parts() {
+        let plain = Geometry { kernel: [3, 3], stride: [1, 1], padding: [1, 1], dilation: [1, 1] };
+        let odd = Geometry { kernel: [2, 4], stride: [2, 1], padding: [2, 1], dilation: [1, 2] };
+        for (geometry, [column, channels]) in [(plain, [0, 5]), (plain, [1, 3]), (odd, [0, 5]), (odd, [2, 2])] {
+            let size @ [batch, h, w, all] = [2, 5, 8, 5];
+            let [oh, ow] = geometry.outputs([h, w]).expect("fits");
+            let x: Vec<f32> = (0..batch * h * w * all).map(|i| i as f32 + 1.0).collect();
+            let windows = Windows::new(Map::new(&x, size), [column, channels], geometry, [oh, ow]);
+            let (rows, cols) = (windows.rows(), windows.cols());
+            let defined = |row: usize, col: usize| {
+                let (b, i, j) = (row / (oh * ow), row / ow % oh, row % ow);
+                let (u, v, c) = (col / channels / geometry.kernel[1], col / channels % geometry.kernel[1], col % channels);
+                let at = geometry.input(0, i, u, h).zip(geometry.input(1, j, v, w));
+                at.map_or(0.0, |(y, x_at)| x[((b * h + y) * w + x_at) * all + column + c])
+            };
+            for (from, to) in [(0, rows), (ow - 1, ow + 2), (oh * ow - 3, oh * ow + 1), (rows - 1, rows)] {
+                for (first, end) in [(0, cols), (1, channels + 2), (channels - 1, cols - 1), (cols - 1, cols), (3, 3)] {
+                    let stride = end - first + 2;
+                    let mut out = vec![f32::NAN; (to - from) * stride];
+                    windows.copy(from..to, first..end, &mut out, stride);
+                    for (row, out) in (from..to).zip(out.chunks(stride)) {
+                        (first..end).for_each(|col| assert_eq!(out[col - first], defined(row, col), "{geometry:?} {row} {col}"));
+                        assert!(out[end - first..].iter().all(|x| x.is_nan()), "written beyond the row");
+                    }
+                }
+            }
+        }
+    }
 
     #[test]
     fn adjoint_in_blocks() {

@@ -71,8 +71,9 @@ struct Task<'a> {
     packed: &'a [f32],
     packed_rows: usize,
     packed_from: usize,
-    /// The first product of this range of k, for rows that are made, and how many there are.
+    /// Where this range of k begins in the rows that are made.
     k0: usize,
+    /// Products in this range of k.
     k: usize,
     m: usize,
     n: usize,
