@@ -93,25 +93,30 @@ impl<'a, T: Float> Windows<'a, T> {
         Windows { x, column, channels, geometry, out }
     }
 
-    /// Elements `range` of the window of output `(i, j)` of image `b`.
-    fn window(&self, [b, i, j]: [usize; 3], range: Range<usize>, out: &mut [T]) {
+    /// The elements from `within` on in row `u` of the window of output `(i, j)` of image `b`, and those of the rows that follow.
+    fn window(&self, [b, i, j]: [usize; 3], (mut u, mut within): (usize, usize), mut out: &mut [T]) {
         let Windows { x, column, channels, geometry, .. } = *self;
         let ([_, height, width, _], kw) = (x.size(), geometry.kernel[1]);
         // Where rows of pixels have no gaps, all columns of the kernel are one stretch of the input.
         let whole = (j * geometry.stride[1]).checked_sub(geometry.padding[1]);
         let whole = whole.filter(|from| geometry.dilation[1] == 1 && x.stride() == channels && from + kw <= width);
-        let (mut at, mut rest) = (range.start, out);
-        while at < range.end {
-            let (u, within) = (at / (kw * channels), at % (kw * channels));
+        while !out.is_empty() {
             let y = geometry.input(0, i, u, height);
-            let stretch = if y.is_none() || whole.is_some() { kw * channels } else { channels };
-            let (v, c) = (within / stretch, within % stretch);
-            let (head, tail) = rest.split_at_mut((stretch - c).min(range.end - at));
-            match (y, whole.or_else(|| geometry.input(1, j, v, width))) {
-                (Some(y), Some(x_at)) => head.copy_from_slice(&x.row(b, y, column)[x_at * x.stride() + c..][..head.len()]),
-                _ => head.fill(T::ZERO),
+            let (at, c, len) = match whole {
+                _ if y.is_none() => (None, 0, kw * channels - within),
+                Some(from) => (Some(from), within, kw * channels - within),
+                None => (geometry.input(1, j, within / channels, width), within % channels, channels - within % channels),
+            };
+            let (head, tail) = out.split_at_mut(len.min(out.len()));
+            match y.zip(at) {
+                Some((y, at)) => head.copy_from_slice(&x.row(b, y, column)[at * x.stride() + c..][..head.len()]),
+                None => head.fill(T::ZERO),
             }
-            (at, rest) = (at + head.len(), tail);
+            within += head.len();
+            if within == kw * channels {
+                (u, within) = (u + 1, 0);
+            }
+            out = tail;
         }
     }
 }
@@ -127,10 +132,12 @@ impl<T: Float> Rows<T> for Windows<'_, T> {
 
     fn copy(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [T], stride: usize) {
         let [oh, ow] = self.out;
+        let row = (self.geometry.kernel[1] * self.channels).max(1);
+        let start = (cols.start / row, cols.start % row);
         let line = rows.start / ow.max(1);
         let (mut b, mut i, mut j) = (line / oh.max(1), line % oh.max(1), rows.start % ow.max(1));
         for out in out.chunks_mut(stride.max(1)).take(rows.len()) {
-            self.window([b, i, j], cols.clone(), &mut out[..cols.len()]);
+            self.window([b, i, j], start, &mut out[..cols.len()]);
             j += 1;
             if j == ow {
                 (i, j) = (i + 1, 0);
