@@ -27,7 +27,7 @@ NETWORKS = {
     "um_swin_tiny_256": lambda depths=(2, 2, 6, 2): UmSwin(depths),
     "hpvit_base": lambda depths=(2, 2, 6, 2): Hpvit(depths),
     "vt_resnet18": lambda depths=(2, 2, 2): VtResnet(depths),
-    "vt_resnet18_multihead": lambda depths=(2, 2, 2): VtResnet(depths, MultiheadTokens, -1),
+    "vt_resnet18_multihead": lambda depths=(2, 2, 2): VtResnet(depths, MultiheadTokens),
     "gmm_vit": lambda depths=9: GmmVit(depths),
     "spvit_deit_b_l008_t60": lambda: Spvit("11133MMMMMMM", DEIT_B_HIDDEN, 768, 12),
     "spvit_swin_t_l28_t32": lambda: SpvitSwin(("1s", "1s", "MMMMMM", "MM"), SWIN_T_HIDDEN),

@@ -4,21 +4,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from twins.spvit import SinglePathConv, folded
+from twins.spvit import Folded, SinglePathConv
 
-from .parts import Block, Softmax, tokens
+from .parts import Block, tokens
 
 
-class PointConv(SinglePathConv):
+class PointConv(Folded):
     """The folded 1×1 bottleneck: the kernel's centre alone."""
 
-    def __init__(self, dim, heads, side):
-        super().__init__(dim, heads, side)
-        self.bn_1x1 = self.bn_3x3
-        del self.bn_3x3
+    def __init__(self, dim, heads):
+        super().__init__(dim, heads, 0.01)
+        self.bn_1x1 = nn.BatchNorm2d(dim // heads)
 
     def forward(self, x):
-        weight, bias, out = folded(self, [4])
+        weight, bias, out = self.weights([4])
         y = F.conv2d(x[:, 1:].transpose(1, 2)[..., None], weight, bias)
         y = F.conv2d(F.relu(self.bn_1x1(y)), out, self.proj.bias)
         return torch.cat((x[:, :1], y[..., 0].transpose(1, 2)), 1)
@@ -46,7 +45,7 @@ class Spvit(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, 16, 16)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.randn(1, 197, dim) * 0.02)
-        build = {"1": lambda: PointConv(dim, heads, 14), "3": lambda: SinglePathConv(dim, heads, 14), "M": lambda: QkAttention(dim, heads)}
+        build = {"1": lambda: PointConv(dim, heads), "3": lambda: SinglePathConv(dim, heads, 14), "M": lambda: QkAttention(dim, heads)}
         # Half a unit more, so that the hidden width survives the division.
         self.blocks = nn.ModuleList(Block(build[kind](), dim, (width + 0.5) / dim, 1e-6) for kind, width in zip(kinds, hidden))
         self.norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, classes)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from twins.spvit import SinglePathWindow, folded
+from twins.spvit import Folded, SinglePathWindow
 
 from .parts import Block, tokens
 from .um_swin import partition, unpartition
@@ -13,18 +13,16 @@ from .um_swin import partition, unpartition
 COLUMNS = [1, 2, 3, 4, 0, 5, 6, 7, 8]
 
 
-class FoldedConv(nn.Module):
-    """Convolution k×k, BatchNorm, ReLU, convolution 1×1 on a whole map, with the weights of heads mixed for every place of the kernel."""
+class FoldedConv(Folded):
+    """Convolution k×k, BatchNorm, ReLU, convolution 1×1 on a whole map."""
 
-    def __init__(self, dim, heads, kernel, alpha=100.0):
-        super().__init__()
-        self.heads, self.kernel, self.alpha = heads, kernel, alpha
-        self.v, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.head_probs = nn.Parameter(torch.ones(heads, 9))
+    def __init__(self, dim, heads, kernel):
+        super().__init__(dim, heads, 100.0)
+        self.kernel = kernel
         self.add_module(f"bn_{kernel}x{kernel}", nn.BatchNorm2d(dim // heads))
 
     def forward(self, x):
-        weight, bias, out = folded(self, COLUMNS if self.kernel == 3 else COLUMNS[4:5])
+        weight, bias, out = self.weights(COLUMNS if self.kernel == 3 else COLUMNS[4:5])
         y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=self.kernel // 2)
         y = F.relu(getattr(self, f"bn_{self.kernel}x{self.kernel}")(y))
         return F.conv2d(y, out, self.proj.bias).permute(0, 2, 3, 1)

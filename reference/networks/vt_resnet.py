@@ -9,7 +9,9 @@ from .parts import bare, tokens
 
 
 class VisualTokens(nn.Module):
-    """A block of the paper's equations: tokens, their transformer and, but for the last, the way back into the map."""
+    """A block of the paper's equations: tokens `[B, L, C_T]`, their transformer and, but for the last, the way back into the map."""
+
+    token_axis = 1
 
     def __init__(self, channels, width, count, recurrent, projector):
         super().__init__()
@@ -36,6 +38,8 @@ class VisualTokens(nn.Module):
 
 class MultiheadTokens(nn.Module):
     """A block of the appendix's pseudo-code: heads, grouped maps with biases, and the positions of the tokens as channels."""
+
+    token_axis = 2
 
     def __init__(self, channels, width, count, recurrent, projector, heads=16, groups=16, token_groups=8, side=14):
         super().__init__()
@@ -88,7 +92,7 @@ class MultiheadTokens(nn.Module):
 class VtResnet(nn.Module):
     """arXiv 2006.03677: ResNet-18 whose last stage is two blocks of visual tokens."""
 
-    def __init__(self, layers, block=VisualTokens, token_dim=1, blocks=2, width=1024, count=16, classes=1000):
+    def __init__(self, layers, block=VisualTokens, blocks=2, width=1024, count=16, classes=1000):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
         inputs = 64
@@ -103,7 +107,6 @@ class VtResnet(nn.Module):
                 inputs = outputs
             self.add_module(f"layer{s + 1}", stage)
         self.stages = len(layers)
-        self.token_dim = token_dim
         self.vt = nn.ModuleList(block(inputs, width, count, j > 0, j + 1 < blocks) for j in range(blocks))
         self.fc = nn.Linear(width, classes)
 
@@ -114,4 +117,4 @@ class VtResnet(nn.Module):
         x, t = tokens(x), None
         for block in self.vt:
             x, t = block(x, t)
-        return self.fc(t.mean(self.token_dim))
+        return self.fc(t.mean(self.vt[-1].token_axis))

@@ -9,32 +9,39 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def folded(layer, columns):
-    """The weights of convolution k×k, its bias and the weight of the 1×1 after it, from `v`, `proj` and `head_probs`.
+class Folded(nn.Module):
+    """Attention weights whose heads are mixed for every place of a convolution's kernel."""
 
-    `columns` of `head_probs`, one for each place 3 · column + row of the kernel.
-    """
-    heads, k = layer.heads, math.isqrt(len(columns))
-    mixture = (layer.head_probs / layer.alpha).softmax(0)[:, columns]
-    share = mixture.sum(1)
-    weight = torch.einsum("np,njc->jcp", mixture, layer.v.weight.unflatten(0, (heads, -1)))
-    out = torch.einsum("n,cnj->cj", share, layer.proj.weight.unflatten(1, (heads, -1)))
-    return weight.unflatten(2, (k, k)).transpose(2, 3), share @ layer.v.bias.unflatten(0, (heads, -1)), out[:, :, None, None]
-
-
-class SinglePathConv(nn.Module):
-    """The class token passes; patches go through conv 3×3, BatchNorm, ReLU, conv 1×1 with folded weights."""
-
-    def __init__(self, dim, heads, side, alpha=0.01):
+    def __init__(self, dim, heads, alpha):
         super().__init__()
-        self.heads, self.side, self.alpha = heads, side, alpha
+        self.heads, self.alpha = heads, alpha
         self.v, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.head_probs = nn.Parameter(torch.ones(heads, 9))
+
+    def weights(self, columns):
+        """The weight of convolution k×k, its bias, and the weight of the 1×1 after it.
+
+        `columns` of `head_probs`, one for each place 3 · column + row of the kernel.
+        """
+        heads, k = self.heads, math.isqrt(len(columns))
+        mixture = (self.head_probs / self.alpha).softmax(0)[:, columns]
+        share = mixture.sum(1)
+        weight = torch.einsum("np,njc->jcp", mixture, self.v.weight.unflatten(0, (heads, -1)))
+        out = torch.einsum("n,cnj->cj", share, self.proj.weight.unflatten(1, (heads, -1)))
+        return weight.unflatten(2, (k, k)).transpose(2, 3), share @ self.v.bias.unflatten(0, (heads, -1)), out[:, :, None, None]
+
+
+class SinglePathConv(Folded):
+    """The class token passes; patches go through conv 3×3, BatchNorm, ReLU, conv 1×1 with folded weights."""
+
+    def __init__(self, dim, heads, side):
+        super().__init__(dim, heads, 0.01)
+        self.side = side
         self.bn_3x3 = nn.BatchNorm2d(dim // heads)
 
     def forward(self, x):
         b, _, c = x.shape
-        weight, bias, out = folded(self, range(9))
+        weight, bias, out = self.weights(range(9))
         t = x[:, 1:].transpose(1, 2).reshape(b, c, self.side, self.side)
         y = F.conv2d(F.relu(self.bn_3x3(F.conv2d(t, weight, bias, padding=1))), out, self.proj.bias)
         return torch.cat((x[:, :1], y.flatten(2).transpose(1, 2)), 1)

@@ -132,11 +132,11 @@ impl<T: Float> Rows<T> for Windows<'_, T> {
 
     fn copy(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [T], stride: usize) {
         let [oh, ow] = self.out;
-        let row = (self.geometry.kernel[1] * self.channels).max(1);
+        let row = self.geometry.kernel[1] * self.channels;
         let start = (cols.start / row, cols.start % row);
-        let line = rows.start / ow.max(1);
-        let (mut b, mut i, mut j) = (line / oh.max(1), line % oh.max(1), rows.start % ow.max(1));
-        for out in out.chunks_mut(stride.max(1)).take(rows.len()) {
+        let line = rows.start / ow;
+        let (mut b, mut i, mut j) = (line / oh, line % oh, rows.start % ow);
+        for out in out.chunks_mut(stride).take(rows.len()) {
             self.window([b, i, j], start, &mut out[..cols.len()]);
             j += 1;
             if j == ow {

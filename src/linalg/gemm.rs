@@ -71,8 +71,6 @@ struct Task<'a> {
     packed: &'a [f32],
     packed_rows: usize,
     packed_from: usize,
-    /// Where this range of k begins in the rows that are made.
-    k0: usize,
     /// Products in this range of k.
     k: usize,
     m: usize,
@@ -110,7 +108,9 @@ impl Kernel<f32> for Task<'_> {
                 let (a, a_row, a_col) = match self.left {
                     Left::Packed { data, stride } => (data[strip * stride + kb * tile_rows..].as_ptr(), 1, tile_rows),
                     Left::Made(rows) => {
-                        rows.copy(r0..r1, self.k0 + kb..self.k0 + kb + depth, &mut scratch, COPY_STRIDE);
+                        // B was packed before: the rows are as long as its panels.
+                        let from = self.packed_from + kb;
+                        rows.copy(r0..r1, from..from + depth, &mut scratch, COPY_STRIDE);
                         (scratch.as_ptr(), COPY_STRIDE, 1)
                     }
                     Left::InPlace(a) => {
@@ -128,13 +128,13 @@ impl Kernel<f32> for Task<'_> {
                 for p in self.panels.0..self.panels.1 {
                     let (first, v) = panel(self.n, vectors, p);
                     let cols = (v * LANES).min(self.n - first);
+                    if last {
+                        self.epilogue.prefetch((r0, r1), (first, first + cols));
+                    }
                     // SAFETY: `first` and the strip lie inside C and in no other task; the panel has the range's rows.
                     unsafe {
                         let c = self.c.add(r0 * self.c_row + first);
                         let b = self.packed.as_ptr().add(self.packed_rows * first + (self.packed_from + kb) * v * LANES);
-                        if last {
-                            self.epilogue.prefetch((r0, r1), (first, first + cols));
-                        }
                         tile_of::<V>(r1 - r0, v, Tile { k: depth, a, a_row, a_col, b, c, c_row: self.c_row, cols, add });
                         if last {
                             self.epilogue.finish::<V>(self.c, self.c_row, (r0, r1), (first, first + cols));
@@ -458,7 +458,6 @@ pub(super) fn gemm_f32(a: Left, b: Right, mut c: MatMut<f32>, epilogue: Epilogue
                 packed,
                 packed_rows,
                 packed_from,
-                k0,
                 k: depth,
                 m,
                 n,
